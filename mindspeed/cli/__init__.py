@@ -1,0 +1,1 @@
+"""Command line: doctor, features, explain, preprocess, pretrain, quickstart."""

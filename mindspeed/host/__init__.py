@@ -1,0 +1,1 @@
+"""Where megatron is spoken: the host protocol and its implementations."""

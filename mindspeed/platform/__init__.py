@@ -1,0 +1,1 @@
+"""Devices behind one interface: Ascend NPU, NVIDIA GPU, CPU."""

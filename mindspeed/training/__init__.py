@@ -1,0 +1,1 @@
+"""The built-in trainer: pretraining from the megatron-core package alone."""
