@@ -1,0 +1,1 @@
+"""Pipeline parallelism: where layers live and in which order stages work."""
