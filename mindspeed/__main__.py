@@ -1,0 +1,6 @@
+"""`python -m mindspeed` is the `mindspeed` command."""
+
+from mindspeed.cli import main
+
+if __name__ == "__main__":
+    main()
