@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any
 
 
-class Operation(Enum):
+class Operation(str, Enum):
     """How a target is changed."""
 
     WRAP = "wrap"  # around advice; stacks
@@ -31,8 +31,9 @@ class Patch:
     target: str
     value: Any
     reason: str = ""
-    after: tuple[str, ...] = ()  # features whose wrap of the same target must be inside this one
-    supersedes: tuple[str, ...] = ()  # features whose replace of the same target gives way to this one
+    after: tuple[str, ...] = ()  # features whose wrap of the same target must be inside this one; "*" for all others
+    supersedes: tuple[str, ...] = ()  # features whose replace, set or rewrite of the same target gives way to this one
+    unrelated: bool = False  # a class may be replaced by one that does not derive from it
     owner: str = field(default="", compare=False)  # filled in by the plan: feature name, "platform.cpu", "repair.x"
     flag: str = field(default="", compare=False)  # the flag that caused it, for people who ask why
 
@@ -40,20 +41,30 @@ class Patch:
 def wrap(target: str, advice: Callable[..., Any], *, reason: str = "", after: tuple[str, ...] = ()) -> Patch:
     """Call `advice(original, *args, **kwargs)` instead of the target.
 
+    Two features that wrap one target must say who is inside: `after=("other-feature",)`, or `after=("*",)`
+    for an advice that does not care and goes outside. Patches of layers (`platform.*`, `compat.*`,
+    `repair.*`, `host.*`) are inside those of features.
+
     For a method, `original` is the unbound function and the instance is the first of `args`; for a
     classmethod `original` is bound already, for a staticmethod there is no instance.
     """
     return Patch(Operation.WRAP, target, advice, reason, after=after)
 
 
-def replace(target: str, value: Any, *, reason: str = "", supersedes: tuple[str, ...] = ()) -> Patch:
-    """Put `value` (a function or class) in the place of the target, everywhere it is known by reference."""
-    return Patch(Operation.REPLACE, target, value, reason, supersedes=supersedes)
+def replace(target: str, value: Any, *, reason: str = "", supersedes: tuple[str, ...] = (), unrelated: bool = False) -> Patch:
+    """Put `value` (a function or class) in the place of the target, everywhere it is known by reference.
+
+    A class must be replaced by a subclass of it unless `unrelated`; prefer patching its methods.
+    """
+    return Patch(Operation.REPLACE, target, value, reason, supersedes=supersedes, unrelated=unrelated)
 
 
-def set_value(target: str, value: Any, *, reason: str = "") -> Patch:
-    """Assign plain data (a guard variable, a cache); only the defining module's attribute changes."""
-    return Patch(Operation.SET, target, value, reason)
+def set_value(target: str, value: Any, *, reason: str = "", supersedes: tuple[str, ...] = ()) -> Patch:
+    """Assign plain data (a guard variable, a cache, a function's `__defaults__`, a dataclass default).
+
+    Only the named attribute changes (for a dataclass default: the field and the generated `__init__` too).
+    """
+    return Patch(Operation.SET, target, value, reason, supersedes=supersedes)
 
 
 def rewrite(target: str, constants: Mapping[Any, Any], *, reason: str = "") -> Patch:
