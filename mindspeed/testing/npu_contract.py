@@ -286,8 +286,29 @@ def _failure_of(path: str, name: str, arguments: Mapping[str, Any], calls: Calls
         extra = {"calls": calls} if "calls" in inspect.signature(function).parameters else {}
         function(**arguments, **extra)
     except Exception as error:
-        return "".join(traceback.TracebackException.from_exception(error, capture_locals=True).format())
+        return "".join(traceback.format_exception(error)) + _values(error, path)
     return None
+
+
+def _values(error: Exception, path: str) -> str:
+    """Local variables of the innermost frame in the test's own file; printing a tensor's values would launch kernels."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == path]
+    local = frames[-1].f_locals if frames else {}
+    return "".join(f"    {name} = {_description(value)}\n" for name, value in local.items())
+
+
+def _description(value: object) -> str:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return f"Tensor({value.dtype}, {list(value.shape)}, {value.device})"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_description, value))}]"
+    if isinstance(value, (Call, Calls)):
+        return str(value)
+    if isinstance(value, (str, int, float, torch.dtype, torch.Size)):
+        return repr(value)
+    return f"<{type(value).__name__}>"
 
 
 @functools.cache
