@@ -1,7 +1,8 @@
 """Instruments for tests, public so that features outside this repository can be proved the same way."""
 
 from mindspeed.testing.accuracy import assert_as_accurate, with_grads
+from mindspeed.testing.communication import count_communication
 from mindspeed.testing.multirank import ranks
 from mindspeed.testing.world import World
 
-__all__ = ["World", "assert_as_accurate", "ranks", "with_grads"]
+__all__ = ["World", "assert_as_accurate", "count_communication", "ranks", "with_grads"]

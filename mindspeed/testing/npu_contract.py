@@ -15,25 +15,19 @@ shapes, dtypes, strides, gradients present, the list of calls, and that bad inpu
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import functools
 import importlib.util
-import inspect
 import json
-import multiprocessing
 import os
-import signal
-import subprocess
 import sys
-import tempfile
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from mindspeed.testing.shipped import Place, Process, shared_process, shipped
 
 # aclDataType of torch_npu's include/acl/acl_base_rt.h; torch's names.
 DTYPES: Mapping[int, str] = {
@@ -104,12 +98,8 @@ class Calls:
         """Forget what was recorded."""
         self._device.contract_reset()
 
-    def __repr__(self) -> str:
+    def __str__(self) -> str:
         return f"Calls[{', '.join(map(str, self))}]"
-
-
-class ContractFailure(AssertionError):
-    """A test body failed in the contract process; the text is that process's traceback and output."""
 
 
 def npu_contract(*, fresh: bool = False, load: bool = True, seconds: float = 60.0) -> Callable[[Callable[..., None]], Any]:
@@ -122,25 +112,14 @@ def npu_contract(*, fresh: bool = False, load: bool = True, seconds: float = 60.
     if not load and not fresh:
         raise ValueError("npu_contract: load=False needs fresh=True, because other tests have loaded torch_npu by then.")
 
+    def process() -> Process:
+        return Process(place(load)) if fresh else shared_process("contract", place)
+
     def decorate(function: Callable[..., None]) -> Any:
         import pytest
 
-        signature = inspect.signature(function)
-        visible = [parameter for name, parameter in signature.parameters.items() if name != "calls"]
-
-        @functools.wraps(function)
-        def in_contract_process(**arguments: Any) -> None:
-            if reason := unavailable():
-                pytest.skip(reason)
-            process = ContractProcess(load) if fresh else shared_process()
-            try:
-                process.run(function, arguments, seconds)
-            finally:
-                if fresh:
-                    process.close()
-
-        in_contract_process.__signature__ = signature.replace(parameters=visible)  # type: ignore[attr-defined]
-        return pytest.mark.npu_contract(in_contract_process)
+        test = shipped(function, process, unavailable, {"calls"}, seconds=seconds, keep=not fresh)
+        return pytest.mark.npu_contract(test)
 
     return decorate
 
@@ -177,99 +156,24 @@ def unavailable() -> str | None:
     return None
 
 
-# ---- this side: start the process, ship functions to it -------------------------------------------------------------------
-
-
-class ContractProcess:
-    """A Python process with torch_npu on the emulated device; started on first use, again after a crash."""
-
-    def __init__(self, load: bool = True) -> None:
-        self._load = load
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
-        self._log = tempfile.TemporaryFile()
-
-    def run(self, function: Callable[..., None], arguments: Mapping[str, Any], seconds: float) -> None:
-        """Run a module-level function there; raises ContractFailure with the remote traceback."""
-        connection = self._started()
-        logged = self._log.seek(0, os.SEEK_END)
-        connection.send((function.__code__.co_filename, function.__qualname__, dict(arguments), list(sys.path)))
-        try:
-            if not connection.poll(seconds):
-                self._end(signal.SIGABRT)  # faulthandler prints the stacks of all threads
-                raise ContractFailure(f"no answer from the contract process in {seconds:.0f} s\n{self._output(logged)}")
-            failure = connection.recv()
-        except EOFError:
-            code = self._end(signal.SIGKILL)
-            raise ContractFailure(f"the contract process died with exit code {code}\n{self._output(logged)}") from None
-        if failure is not None:
-            raise ContractFailure(f"in the contract process:\n{failure}{self._output(logged)}")
-
-    def close(self) -> None:
-        """End the process."""
-        if self._process is not None:
-            self._end(signal.SIGKILL)
-
-    def _started(self) -> Connection:
-        if self._connection is not None:
-            return self._connection
-        tool = builder()
-        assert tool is not None and tool.built() is not None
-        ours, theirs = multiprocessing.Pipe()
-        command = f"from {__name__} import serve; serve({theirs.fileno()}, {str(tool.built())!r}, load={self._load})"
-        # In the calling thread, so that a call is recorded before the next line runs; one thread, because the machine is shared.
-        settings = {"TASK_QUEUE_ENABLE": "0", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-W", "ignore", "-c", command],
-            env={**os.environ, **settings},
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-        )
-        theirs.close()
-        self._connection = ours
-        return ours
-
-    def _end(self, how: signal.Signals) -> int:
-        assert self._process is not None and self._connection is not None
-        self._process.send_signal(how)
-        code = self._process.wait(timeout=30)
-        self._connection.close()
-        self._process = self._connection = None
-        return code
-
-    def _output(self, since: int) -> str:
-        self._log.seek(since)
-        text = self._log.read().decode(errors="replace")[-8000:]
-        return f"\noutput of the contract process:\n{text}" if text else ""
-
-
-@functools.cache
-def shared_process() -> ContractProcess:
-    """The process that all tests of this session share unless they ask for a fresh one."""
-    process = ContractProcess()
-    atexit.register(process.close)
-    return process
+def place(load: bool = True) -> Place:
+    """The process with the emulated device; kernels are issued in the calling thread, so that they are recorded at once."""
+    tool = builder()
+    assert tool is not None
+    environment = {"TASK_QUEUE_ENABLE": "0", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    return Place("contract", f"{__name__}:prepare", environment, (str(tool.build()), "load" if load else ""))
 
 
 # ---- the other side: load torch_npu, run what is shipped --------------------------------------------------------------------
 
 
-def serve(connection_number: int, folder: str, *, load: bool = True) -> None:
-    """Body of the contract process: answer requests until the other end closes."""
-    connection = Connection(connection_number)
+def prepare(folder: str, load: str) -> dict[str, Calls]:
+    """Set the process up: stub libraries, torch_npu on the search path and, if asked, imported."""
     calls = Calls(load_device(Path(folder)))
     sys.path.append(str(Path(folder) / "site"))
     if load:
         import torch_npu  # noqa: F401, TID251 - loading it is what this process is for
-    while True:
-        try:
-            path, name, arguments, search = connection.recv()
-        except EOFError:
-            return
-        sys.path.extend(entry for entry in search if entry not in sys.path)
-        connection.send(_failure_of(path, name, arguments, calls))
+    return {"calls": calls}
 
 
 def load_device(folder: Path) -> ctypes.CDLL:
@@ -277,45 +181,3 @@ def load_device(folder: Path) -> ctypes.CDLL:
     builds = json.loads((folder / "build.json").read_text())
     loaded = {name: ctypes.CDLL(str(folder / "stubs" / name), ctypes.RTLD_GLOBAL) for name in builds["libraries"]}
     return loaded[DEVICE_LIBRARY]
-
-
-def _failure_of(path: str, name: str, arguments: Mapping[str, Any], calls: Calls) -> str | None:
-    try:
-        function = inspect.unwrap(getattr(_module(path), name))
-        calls.reset()
-        extra = {"calls": calls} if "calls" in inspect.signature(function).parameters else {}
-        function(**arguments, **extra)
-    except Exception as error:
-        return "".join(traceback.format_exception(error)) + _values(error, path)
-    return None
-
-
-def _values(error: Exception, path: str) -> str:
-    """Local variables of the innermost frame in the test's own file; printing a tensor's values would launch kernels."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == path]
-    local = frames[-1].f_locals if frames else {}
-    return "".join(f"    {name} = {_description(value)}\n" for name, value in local.items())
-
-
-def _description(value: object) -> str:
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return f"Tensor({value.dtype}, {list(value.shape)}, {value.device})"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_description, value))}]"
-    if isinstance(value, (Call, Calls)):
-        return str(value)
-    if isinstance(value, (str, int, float, torch.dtype, torch.Size)):
-        return repr(value)
-    return f"<{type(value).__name__}>"
-
-
-@functools.cache
-def _module(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"contract_{Path(path).stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
