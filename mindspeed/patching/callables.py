@@ -49,7 +49,11 @@ def wrapped(found: Resolved, advice: Callable[..., Any], row: Counter) -> Any:
 
 def replaced(found: Resolved, value: Any, row: Counter) -> Any:
     """What to store so that `value` takes the target's place; functions are counted through a plain function."""
-    if found.kind in ("class", "data") or isinstance(value, (staticmethod, classmethod, property, functools.cached_property)):
+    if (
+        found.kind in ("class", "data")
+        or isinstance(value, (staticmethod, classmethod, property, functools.cached_property))
+        or _ORIGINAL in getattr(value, "__dict__", ())  # says itself what it stands for: its identity or its frame matters
+    ):
         row.calls = None
         return value
 
