@@ -1,0 +1,7 @@
+"""Attention of one tile (some queries, some keys) on every device, and how tiles are merged into attention."""
+
+from mindspeed.core.attention.contract import CAUSAL, FULL, Dropout, Scoring, Visibility
+from mindspeed.core.attention.dispatch import attend, attend_backward
+from mindspeed.core.attention.merge import Accumulator, merge
+
+__all__ = ["CAUSAL", "FULL", "Accumulator", "Dropout", "Scoring", "Visibility", "attend", "attend_backward", "merge"]

@@ -1,0 +1,123 @@
+"""Fused attention on CPU: `aten::_scaled_dot_product_flash_attention_for_cpu` and its backward.
+
+Facts that this file guards against (torch 2.7 to 2.13): an empty query or key range kills the process
+(the dispatcher never passes one); a fully masked row gets a log-sum-exp of 0 instead of -inf; boolean masks are
+refused; dropout and a value head size other than the query's are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mindspeed.core.attention.contract import Scoring
+from mindspeed.core.attention.math_kernel import part_of_bias
+
+ROWS = 256  # rows per call where a mask tensor has to be built: bounds it to 256 x keys
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class CpuKernel:
+    """torch's fused CPU kernel; grouped heads need no expansion."""
+
+    name = "cpu-flash"
+
+    def declines(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> str:
+        """Dropout is not fused on CPU."""
+        return "the fused CPU kernel has no dropout" if scoring.dropout is not None else ""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor, Any]:
+        """See the contract."""
+        value_dim = v.shape[-1]
+        q, k, v = _equal_head_sizes(q, k, v)
+        if scoring.is_plain:
+            out, lse = _forward(q, k, v, 0.0, scoring.visible.is_causal, attn_mask=None, scale=scoring.scale)
+            return out[..., :value_dim], lse, None
+        out = torch.zeros_like(q)
+        lse = q.new_full(q.shape[:-1], float("-inf"), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+        for rows, keys, mask in _masked_parts(q, k, scoring):
+            part, span = slice(rows.start, rows.stop), slice(keys.start, keys.stop)
+            out_part, lse_part = _forward(
+                q[:, :, part], k[:, :, span], v[:, :, span], 0.0, False, attn_mask=mask, scale=scoring.scale
+            )
+            if mask is not None:
+                blind = (mask == float("-inf")).all(-1)
+                lse_part = lse_part.masked_fill(blind, float("-inf"))
+                out_part = out_part.masked_fill(blind[..., None], 0.0)
+            out[:, :, part], lse[:, :, part] = out_part, lse_part
+        return out[..., :value_dim], lse, None
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scoring: Scoring,
+        rng_state: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See the contract; rows that saw nothing pass 0 as statistic, since -inf would give NaN."""
+        key_dim, value_dim = k.shape[-1], v.shape[-1]
+        lse = torch.where(torch.isinf(lse), torch.zeros_like(lse), lse)
+        q, k, v = _equal_head_sizes(q, k, v)
+        missing = q.shape[-1] - value_dim
+        grad_out, out = (F.pad(tensor.to(q.dtype), (0, missing)) for tensor in (grad_out, out))
+        if scoring.is_plain:
+            dq, dk, dv = _backward(
+                grad_out, q, k, v, out, lse, 0.0, scoring.visible.is_causal, attn_mask=None, scale=scoring.scale
+            )
+            return dq[..., :key_dim], dk[..., :key_dim], dv[..., :value_dim]
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        for rows, keys, mask in _masked_parts(q, k, scoring):
+            part, span = slice(rows.start, rows.stop), slice(keys.start, keys.stop)
+            dq_part, dk_part, dv_part = _backward(
+                grad_out[:, :, part],
+                q[:, :, part],
+                k[:, :, span],
+                v[:, :, span],
+                out[:, :, part],
+                lse[:, :, part],
+                0.0,
+                False,
+                attn_mask=mask,
+                scale=scoring.scale,
+            )
+            dq[:, :, part] = dq_part
+            dk[:, :, span] += dk_part
+            dv[:, :, span] += dv_part
+        return dq[..., :key_dim], dk[..., :key_dim], dv[..., :value_dim]
+
+
+def _equal_head_sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Zero-pad the narrower head size; exact, because padded columns add nothing to scores or output."""
+    size = max(q.shape[-1], v.shape[-1])
+    return tuple(F.pad(tensor, (0, size - tensor.shape[-1])) if tensor.shape[-1] < size else tensor for tensor in (q, k, v))  # type: ignore[return-value]
+
+
+def _masked_parts(q: Tensor, k: Tensor, scoring: Scoring) -> Iterator[tuple[range, range, Tensor | None]]:
+    """Row chunks, the keys they may see and the additive fp32 mask (None where nothing is hidden or added)."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    for start in range(0, q.shape[2], ROWS):
+        rows = range(start, min(start + ROWS, q.shape[2]))
+        keys = scoring.visible.key_range(rows, k.shape[2])
+        if not keys:
+            continue
+        mask = None if scoring.bias is None else part_of_bias(scoring.bias, rows, keys).to(dtype)
+        hidden = scoring.visible.mask(rows, keys, q.device)
+        if hidden is not None:
+            base = torch.zeros((), dtype=dtype, device=q.device) if mask is None else mask
+            mask = torch.where(hidden, float("-inf"), base)
+        if mask is not None:
+            # The kernel takes [rows, keys] or [1 or B, 1 or N, rows, keys], nothing in between.
+            mask = mask.expand(*mask.shape[:-2], len(rows), len(keys))
+            mask = mask if mask.dim() in (2, 4) else mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+        yield rows, keys, mask

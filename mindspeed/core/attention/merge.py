@@ -1,0 +1,57 @@
+"""Join attention over disjoint key sets; exact for any split, in fp32, finite where a side saw no key."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mindspeed.core.attention.contract import statistics_dtype
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Combine two partial results over the same queries.
+
+    Args:
+        out_a, out_b: [B, N, S, D], any float dtype.
+        lse_a, lse_b: [B, N, S], fp32; -inf where a row saw no key.
+
+    Returns:
+        out in fp32 (fp64 for fp64) and the common log-sum-exp.
+    """
+    # exp(a - logaddexp(a, b)) and the sigmoid form are NaN for -inf - (-inf); an explicit, finite maximum is not.
+    top = torch.maximum(lse_a, lse_b)
+    top = torch.where(torch.isinf(top), torch.zeros_like(top), top)
+    share_a, share_b = (lse_a - top).exp(), (lse_b - top).exp()
+    total = share_a + share_b
+    norm = torch.where(total == 0, torch.ones_like(total), total)
+    weight_a, weight_b = (share_a / norm).unsqueeze(-1), (share_b / norm).unsqueeze(-1)
+    return out_a.to(weight_a.dtype) * weight_a + out_b.to(weight_b.dtype) * weight_b, top + total.log()
+
+
+class Accumulator:
+    """Attention of a block of queries, growing tile by tile."""
+
+    def __init__(self, query: Tensor, value_dim: int) -> None:
+        """Start with no key seen, for query [B, N, S, D]."""
+        dtype = statistics_dtype(query.dtype)
+        self.out = query.new_zeros((*query.shape[:-1], value_dim), dtype=dtype)
+        self.lse = query.new_full(query.shape[:-1], float("-inf"), dtype=dtype)
+        self._untouched = True
+
+    def add(self, out: Tensor, lse: Tensor, rows: slice = slice(None)) -> None:
+        """Merge the result of one more tile that covers `rows` of the queries."""
+        whole = rows == slice(None) or (rows.start in (0, None) and rows.stop in (None, self.lse.shape[-1]))
+        if whole and self._untouched:
+            self.out, self.lse = out.to(self.out.dtype), lse.to(self.lse.dtype)
+        else:
+            merged, merged_lse = merge(self.out[:, :, rows], self.lse[:, :, rows], out, lse)
+            if whole:
+                self.out, self.lse = merged, merged_lse
+            else:
+                self._own()
+                self.out[:, :, rows], self.lse[:, :, rows] = merged, merged_lse
+        self._untouched = False
+
+    def _own(self) -> None:
+        """Make writing in place safe: the first tile's tensors may be views of a kernel's result."""
+        self.out, self.lse = self.out.contiguous(), self.lse.contiguous()
