@@ -8,7 +8,8 @@ import time
 import pytest
 import torch
 
-from mindspeed.testing.npu_contract import ContractFailure, ContractProcess, npu_contract, unavailable
+from mindspeed.testing.npu_contract import npu_contract, place, unavailable
+from mindspeed.testing.shipped import Process, RemoteFailure
 
 
 @npu_contract()
@@ -118,21 +119,21 @@ def harmless_body(calls):
 def process():
     if reason := unavailable():
         pytest.skip(reason)
-    process = ContractProcess()
+    process = Process(place())
     yield process
     process.close()
 
 
 @pytest.mark.npu_contract
 def test_failures_carry_the_remote_traceback_with_values(process):
-    with pytest.raises(ContractFailure, match=r"(?s)assert answer == 42.*answer = 41"):
+    with pytest.raises(RemoteFailure, match=r"(?s)assert answer == 42.*answer = 41"):
         process.run(failing_body, {}, seconds=60)
     process.run(harmless_body, {}, seconds=60)
 
 
 @pytest.mark.npu_contract
 def test_a_crash_is_reported_and_the_next_test_gets_a_new_process(process):
-    with pytest.raises(ContractFailure, match="died with exit code 7"):
+    with pytest.raises(RemoteFailure, match="died with exit code 7"):
         process.run(dying_body, {}, seconds=60)
     process.run(harmless_body, {}, seconds=60)
 
@@ -140,7 +141,7 @@ def test_a_crash_is_reported_and_the_next_test_gets_a_new_process(process):
 @pytest.mark.npu_contract
 def test_a_hang_is_ended_with_its_stacks(process):
     process.run(harmless_body, {}, seconds=60)
-    with pytest.raises(ContractFailure, match=r"(?s)no answer .* in 1 s.*in hanging_body"):
+    with pytest.raises(RemoteFailure, match=r"(?s)no answer .* in 1 s.*in hanging_body"):
         process.run(hanging_body, {}, seconds=1)
 
 
