@@ -46,6 +46,15 @@ class Events:
         for handler in tuple(self._handlers.get(event, ())):
             handler(**details)
 
+    def subscriptions(self) -> dict[str, tuple[Callable[..., Any], ...]]:
+        """Present handlers by event, to be given to `restore`."""
+        return {event: tuple(handlers) for event, handlers in self._handlers.items()}
+
+    def restore(self, subscriptions: dict[str, tuple[Callable[..., Any], ...]]) -> None:
+        """Go back to earlier subscriptions."""
+        self._handlers.clear()
+        self._handlers.update({event: list(handlers) for event, handlers in subscriptions.items()})
+
     def clear(self) -> None:
         """Forget all subscriptions."""
         self._handlers.clear()

@@ -36,11 +36,19 @@ class Change:
     because: str
 
 
+class MissingArgument(AttributeError):
+    """A feature asked for an argument that the run does not have."""
+
+    def __init__(self, dest: str) -> None:
+        super().__init__(f"this host has no argument {dest!r}")
+        self.dest = dest
+
+
 class RunShape:
     """Read-only view of the host's parsed arguments: `run.seq_length`, `run.get("moe_layer_freq", 1)`.
 
     Attributes are the host's destination names. A name that this host does not have raises
-    AttributeError naming it; use `get` for names that only some hosts have.
+    MissingArgument naming it (a problem, where checks run); use `get` for names that only some hosts have.
     """
 
     def __init__(self, args: argparse.Namespace, platform: str, given: frozenset[str] = frozenset()) -> None:
@@ -52,7 +60,7 @@ class RunShape:
         try:
             return getattr(self.__dict__["_args"], name)
         except AttributeError:
-            raise AttributeError(f"this host has no argument {name!r}") from None
+            raise MissingArgument(name) from None
 
     def get(self, name: str, default: Any = None) -> Any:
         """Value of an argument that some hosts lack."""

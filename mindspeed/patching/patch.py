@@ -33,22 +33,28 @@ class Patch:
     reason: str = ""
     after: tuple[str, ...] = ()  # features whose wrap of the same target must be inside this one; "*" for all others
     supersedes: tuple[str, ...] = ()  # features whose replace, set or rewrite of the same target gives way to this one
+    optional: bool = False  # a `training:` target that a program with its own loop may lack
     unrelated: bool = False  # a class may be replaced by one that does not derive from it
     owner: str = field(default="", compare=False)  # filled in by the plan: feature name, "platform.cpu", "repair.x"
     flag: str = field(default="", compare=False)  # the flag that caused it, for people who ask why
 
 
-def wrap(target: str, advice: Callable[..., Any], *, reason: str = "", after: tuple[str, ...] = ()) -> Patch:
+def wrap(
+    target: str, advice: Callable[..., Any], *, reason: str = "", after: tuple[str, ...] = (), optional: bool = False
+) -> Patch:
     """Call `advice(original, *args, **kwargs)` instead of the target.
 
     Two features that wrap one target must say who is inside: `after=("other-feature",)`, or `after=("*",)`
     for an advice that does not care and goes outside. Patches of layers (`platform.*`, `compat.*`,
     `repair.*`, `host.*`) are inside those of features.
 
+    A `training:` target names a function of the training loop. A program that has a loop of its own lacks
+    it; `optional` says that the feature is whole without this patch (reports, figures), otherwise it is refused.
+
     For a method, `original` is the unbound function and the instance is the first of `args`; for a
     classmethod `original` is bound already, for a staticmethod there is no instance.
     """
-    return Patch(Operation.WRAP, target, advice, reason, after=after)
+    return Patch(Operation.WRAP, target, advice, reason, after=after, optional=optional)
 
 
 def replace(target: str, value: Any, *, reason: str = "", supersedes: tuple[str, ...] = (), unrelated: bool = False) -> Patch:
