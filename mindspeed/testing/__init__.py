@@ -2,7 +2,18 @@
 
 from mindspeed.testing.accuracy import assert_as_accurate, with_grads
 from mindspeed.testing.communication import count_communication
+from mindspeed.testing.flops import count_flops
+from mindspeed.testing.memory import LiveMemory, saved_bytes
 from mindspeed.testing.multirank import ranks
 from mindspeed.testing.world import World
 
-__all__ = ["World", "assert_as_accurate", "count_communication", "ranks", "with_grads"]
+__all__ = [
+    "LiveMemory",
+    "World",
+    "assert_as_accurate",
+    "count_communication",
+    "count_flops",
+    "ranks",
+    "saved_bytes",
+    "with_grads",
+]
