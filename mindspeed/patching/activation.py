@@ -140,7 +140,8 @@ def settle(
 ) -> list[Active]:
     """Write to `args` what the features that are on derive, and return those features.
 
-    Afterwards `args.mindspeed` has `.requested` (all values before) and `.derived` (one line per change).
+    Afterwards `args.mindspeed` has `.requested` (all values before), `.derived` (one line per change) and
+    `.original` (earlier values of what was changed); plain data, since hosts save arguments in checkpoints.
     Flags that cannot be read are left for `check` to report.
 
     Raises:
@@ -151,6 +152,7 @@ def settle(
     before = {name: value for name, value in vars(args).items() if name != "mindspeed"}
     for spec in (spec for holder in (EngineFlags, *(f.flags for f in features)) for spec in flag_specs(holder)):
         vars(args).setdefault(spec.dest, spec.default)
+    whole = dict(vars(args))
     written: dict[str, tuple[Active, Change]] = {}
     lines: list[str] = []
     for _ in range(_MOST_ROUNDS):
@@ -158,7 +160,8 @@ def settle(
         changes = [(one, change) for one in active for change in _derived(one, run)]
         if not any([_write(args, one, change, written, lines) for one, change in changes]):
             break
-    args.mindspeed = argparse.Namespace(requested=before, derived=lines)
+    original = {dest: whole.get(dest) for dest in written if getattr(args, dest) is not whole.get(dest)}
+    args.mindspeed = argparse.Namespace(requested=before, derived=lines, original=original)
     return active
 
 

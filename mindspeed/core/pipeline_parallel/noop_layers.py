@@ -142,7 +142,8 @@ class NoopLayers(Feature):
             _place_real_layer(empty),
             reason="saves layers on an axis without gaps",
         )
-        yield wrap("training:num_floating_point_operations", _flops_of_real(empty), reason="empty slots compute nothing")
+        flops = "training:num_floating_point_operations"
+        yield wrap(flops, _flops_of_real(empty), reason="empty slots compute nothing", optional=True)
         yield wrap(
             "megatron.core.transformer.moe.moe_utils:track_moe_metrics",
             _mean_over_real(empty),

@@ -1,0 +1,71 @@
+"""What people see of an activation: which features are on, why, and what they change."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from mindspeed.patching.conflicts import is_layer
+from mindspeed.patching.ledger import Ledger
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mindspeed.patching.activation import Active
+
+_MOST_TARGETS = 6
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def changes_by_owner(ledger: Ledger) -> dict[str, list[str]]:
+    """Owner -> short names of what it changed."""
+    changes: dict[str, list[str]] = {}
+    for row in ledger.rows:
+        changes.setdefault(row.owner, []).append(f"{row.operation} {row.target.partition(':')[2]}")
+    return changes
+
+
+def feature_table(active: Iterable[Active], changes: Mapping[str, list[str]]) -> Table:
+    """One row per feature that is on."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="mindspeed features that are on", title_justify="left")
+    for heading in ("feature", "because", "changes"):
+        table.add_column(heading, overflow="fold")
+    for one in active:
+        lines = changes.get(one.name, [])
+        more = [f"and {len(lines) - _MOST_TARGETS} more"] if len(lines) > _MOST_TARGETS else []
+        table.add_row(
+            Text(one.name, style="bold"), Text(one.why), Text("\n".join([*lines[:_MOST_TARGETS], *more]) or "nothing patched")
+        )
+    return table
+
+
+def show(active: Iterable[Active], ledger: Ledger, args: argparse.Namespace, console: Console | None = None) -> None:
+    """Print the table, the derived values, and with `--log-patches` the whole ledger; on the first rank only."""
+    from rich.console import Console
+
+    active = list(active)
+    if not is_first_rank():
+        return
+    console = console or Console(width=None if os.isatty(1) else 140, highlight=False)
+    if active:
+        console.print(feature_table(active, changes_by_owner(ledger)))
+    for line in getattr(getattr(args, "mindspeed", None), "derived", ()):
+        console.print(line, markup=False)
+    if getattr(args, "log_patches", False):
+        console.print(str(ledger), markup=False)
+
+
+def ground_summary(ledger: Ledger) -> str:
+    """One line about the changes that no feature made."""
+    rows = [row for row in ledger.rows if is_layer(row.owner)]
+    return f"{len(rows)} changes by {', '.join(sorted({row.owner for row in rows}))}" if rows else "no changes"
