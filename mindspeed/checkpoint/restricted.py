@@ -17,6 +17,7 @@ import io
 import pickle
 import sys
 import types
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
@@ -91,6 +92,8 @@ class RestrictedUnpickler(pickle.Unpickler):
         Raises:
             CheckpointError: it is not among those a checkpoint needs.
         """
+        # Files of pickle protocol 2, torch's default, use the module names of Python 2.
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         if substitute := _SUBSTITUTES.get((module, name)):
             return globals()[substitute]
         if name in _ADMITTED.get(module, ()):
