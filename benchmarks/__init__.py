@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks --list` shows what there is; docs/testing.md explains how a case is written."""
