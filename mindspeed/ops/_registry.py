@@ -38,7 +38,11 @@ _DEVICES = {
 }
 
 FAMILIES = (
+    "dropout_add_norm",
+    "layer_norm",
     "rms_norm",
+    "rotary",
+    "scaled_masked_softmax",
     "swiglu",
 )
 """What `MINDSPEED_OPS` may name: a family is one operator with its backward and its variants."""

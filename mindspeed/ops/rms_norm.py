@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mindspeed.ops import _checks
-from mindspeed.ops._blocks import block_rows, row_blocks, widen
+from mindspeed.ops._norms import blocked_norm, blocked_norm_backward, input_gradient, normalise
 from mindspeed.ops._registry import below_autograd, define, register_kernel
 
 
@@ -35,17 +35,15 @@ def rms_norm(x: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> Tensor:
 
 def _reference(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = _checks.wide_dtype(x)
-    x_wide = x.to(wide)
-    rstd = (x_wide.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return (x_wide * rstd * weight.to(wide)).to(x.dtype).contiguous(), rstd.contiguous()
+    x_hat, _, rstd = normalise(x.to(wide), eps, centre=False)
+    return (x_hat * weight.to(wide)).to(x.dtype).contiguous(), rstd.contiguous()
 
 
 def _reference_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     wide = _checks.wide_dtype(x)
     x_hat = x.to(wide) * rstd
     dy_wide = dy.to(wide)
-    g = dy_wide * weight.to(wide)
-    dx = rstd * (g - x_hat * (g * x_hat).mean(-1, keepdim=True))
+    dx = input_gradient(dy_wide * weight.to(wide), x_hat, rstd, centre=False)
     dweight = (dy_wide * x_hat).reshape(-1, x.shape[-1]).sum(0)
     return dx.to(x.dtype).contiguous(), dweight.to(weight.dtype)
 
@@ -94,48 +92,11 @@ define(
 
 @register_kernel("rms_norm", "aten", devices=("cpu",))
 def _blocked(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    wide = _checks.wide_dtype(x)
-    size = x.shape[-1]
-    x_rows = x.reshape(-1, size)
-    rows = x_rows.shape[0]
-    y = torch.empty(x.shape, dtype=x.dtype)
-    rstd = torch.empty((*x.shape[:-1], 1), dtype=wide)
-    y_rows, rstd_rows, weight_wide = y.view(rows, size), rstd.view(rows, 1), weight.to(wide)
-    buffer = torch.empty(block_rows(rows, size * 4), size, dtype=wide)
-    for block in row_blocks(rows, size * 4):
-        work, scale = widen(x_rows[block], buffer), rstd_rows[block]
-        torch.linalg.vecdot(work, work, out=scale.squeeze(1))
-        scale.div_(size).add_(eps).rsqrt_()
-        out = buffer[: work.shape[0]]
-        torch.mul(work, scale, out=out)
-        if y.dtype == wide:
-            torch.mul(out, weight_wide, out=y_rows[block])
-        else:
-            y_rows[block].copy_(out.mul_(weight_wide))
+    y, _, rstd = blocked_norm(x, weight, None, eps, centre=False, wide=_checks.wide_dtype(x))
     return y, rstd
 
 
 @register_kernel("rms_norm_backward", "aten", devices=("cpu",))
 def _blocked_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    wide = rstd.dtype
-    size = x.shape[-1]
-    x_rows, dy_rows, rstd_rows = x.reshape(-1, size), dy.reshape(-1, size), rstd.reshape(-1, 1)
-    rows = x_rows.shape[0]
-    dx = torch.empty(x.shape, dtype=x.dtype)
-    dx_rows, weight_wide = dx.view(rows, size), weight.to(wide)
-    step = block_rows(rows, size * 4)
-    x_hat_buffer, g_buffer, dy_buffer = (torch.empty(step, size, dtype=wide) for _ in range(3))
-    dweight = torch.zeros(step, size, dtype=wide)  # one partial sum per row of a block: fewer roundings, no reduction inside
-    for block in row_blocks(rows, size * 4):
-        scale = rstd_rows[block]
-        n = scale.shape[0]
-        x_hat, g, dy_wide = x_hat_buffer[:n], g_buffer[:n], widen(dy_rows[block], dy_buffer)
-        torch.mul(widen(x_rows[block], x_hat), scale, out=x_hat)
-        dweight[:n].addcmul_(dy_wide, x_hat)
-        torch.mul(dy_wide, weight_wide, out=g)
-        g.addcmul_(x_hat, torch.linalg.vecdot(g, x_hat).div_(size).unsqueeze(1), value=-1)
-        if dx.dtype == wide:
-            torch.mul(g, scale, out=dx_rows[block])
-        else:
-            dx_rows[block].copy_(g.mul_(scale))
-    return dx, dweight.sum(0).to(weight.dtype)
+    dx, dweight, _ = blocked_norm_backward(dy, x, weight, None, rstd, want_bias=False)
+    return dx, dweight.to(weight.dtype)
