@@ -120,10 +120,9 @@ def activate(ledger: Ledger) -> HostIdentity | None:
     return host
 
 
-def activate_training(ledger: Ledger, host: HostIdentity) -> None:
+def activate_training(ledger: Ledger) -> None:
     """Apply the repairs of megatron.training once its modules can be imported."""
     platform = platforms.current()
     with jit.not_compiling(platform), quiet_about_fallbacks():
         importlib.import_module("megatron.training.initialize")
-    if not any(row.target.startswith("megatron.legacy.fused_kernels") for row in ledger.rows):
-        Plan.of(training_patches(platform), host_versions=host.versions).apply(ledger)
+    Plan.of(training_patches(platform)).apply(ledger)
