@@ -10,6 +10,7 @@ gradient: P = exp(scores - lse), delta = rowsum(dout * out), dS = P * (dP - delt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -75,16 +76,20 @@ class Dropout:
     seed: int
 
 
+Bias = Tensor | Callable[[range, range], Tensor]
+
+
 @dataclass(frozen=True)
 class Scoring:
     """How scores of a tile are made: scale, what is visible, additive bias, dropout.
 
-    `bias` is fp32, broadcastable to [B, N, Sq, Sk]; -inf hides. It gets no gradient.
+    `bias` is fp32, broadcastable to [B, N, Sq, Sk], or a function of (rows, keys) that makes that part of it, so that
+    long sequences never hold all of it; -inf hides. It gets no gradient.
     """
 
     scale: float
     visible: Visibility = FULL
-    bias: Tensor | None = None
+    bias: Bias | None = None
     dropout: Dropout | None = None
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed.core.attention.contract import Dropout, Scoring, Visibility, statistics_dtype
+from mindspeed.core.attention.contract import Bias, Dropout, Scoring, Visibility, statistics_dtype
 
 MAX_SCORES = 1 << 22  # 16 MiB of fp32 scores per chunk
 
@@ -103,8 +103,10 @@ class MathKernel:
         return scores if hidden is None else scores.masked_fill_(hidden, float("-inf"))
 
 
-def part_of_bias(bias: Tensor, rows: range, keys: range) -> Tensor:
-    """The rows and keys of a bias whose last two dims may be 1 (broadcast)."""
+def part_of_bias(bias: Bias, rows: range, keys: range) -> Tensor:
+    """The part of a bias for these rows and keys; a tensor's last two dims may be 1 (broadcast)."""
+    if not isinstance(bias, Tensor):
+        return bias(rows, keys)
     row_part = slice(rows.start, rows.stop) if bias.shape[-2] != 1 else slice(None)
     key_part = slice(keys.start, keys.stop) if bias.shape[-1] != 1 else slice(None)
     return bias[..., row_part, key_part]

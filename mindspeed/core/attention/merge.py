@@ -38,18 +38,16 @@ class Accumulator:
         self.lse = query.new_full(query.shape[:-1], float("-inf"), dtype=dtype)
         self._untouched = True
 
-    def add(self, out: Tensor, lse: Tensor, rows: slice = slice(None)) -> None:
-        """Merge the result of one more tile that covers `rows` of the queries."""
-        whole = rows == slice(None) or (rows.start in (0, None) and rows.stop in (None, self.lse.shape[-1]))
-        if whole and self._untouched:
+    def add(self, out: Tensor, lse: Tensor, rows: slice = slice(None), samples: slice = slice(None)) -> None:
+        """Merge the result of one more tile that covers `rows` of the queries of `samples`."""
+        part = (samples, slice(None), rows)
+        if lse.shape != self.lse.shape:
+            self._own()
+            self.out[part], self.lse[part] = merge(self.out[part], self.lse[part], out, lse)
+        elif self._untouched:
             self.out, self.lse = out.to(self.out.dtype), lse.to(self.lse.dtype)
         else:
-            merged, merged_lse = merge(self.out[:, :, rows], self.lse[:, :, rows], out, lse)
-            if whole:
-                self.out, self.lse = merged, merged_lse
-            else:
-                self._own()
-                self.out[:, :, rows], self.lse[:, :, rows] = merged, merged_lse
+            self.out, self.lse = merge(self.out, self.lse, out, lse)
         self._untouched = False
 
     def _own(self) -> None:

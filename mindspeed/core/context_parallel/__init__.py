@@ -1,0 +1,1 @@
+"""Context parallelism: a sequence split over devices, in seven ways, exact in each."""

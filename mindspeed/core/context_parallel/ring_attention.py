@@ -1,0 +1,263 @@
+"""Ring attention: every rank keeps its queries, keys and values travel round (arXiv 2310.01889), balanced by zigzag.
+
+With a window w the ring is double: keys and values hop round windows of w ranks while the buffer that a window
+started with goes to the next window. w = 1 is the plain ring. Backward starts from the block that forward held last
+and goes the other way, with the gradients of keys and values travelling along, so that they arrive home with the
+last step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mindspeed.core.attention import Accumulator
+from mindspeed.core.context_parallel.exchange import Exchange
+from mindspeed.core.context_parallel.layout import SequenceLayout
+from mindspeed.core.context_parallel.work import AttentionOptions, Work, backward_block, forward_block, plan_work
+
+INNER, OUTER, GRADIENT = 1, 2, 3  # message tags of transfers that are open at the same time
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a ring pass: the block at hand, and what has to be under way meanwhile."""
+
+    block: int
+    send_inner: bool  # pass the current buffer on inside the window
+    send_outer: bool  # pass the buffer at hand to the next window; used when the window is done
+    take_outer: bool  # continue with the buffer that came from the other window
+
+
+@dataclass(frozen=True)
+class RingRoute:
+    """Who talks to whom in a ring of `ranks` with windows of `window`, in one direction (+1 forward, -1 backward)."""
+
+    rank: int
+    ranks: int
+    window: int = 1
+    direction: int = 1
+
+    def steps(self) -> Iterator[Step]:
+        """Blocks in the order of visit."""
+        start = 0 if self.direction == 1 else 1
+        for outer in range(self.ranks // self.window):
+            for inner in range(self.window):
+                last_inner, last_outer = inner == self.window - 1, outer == self.ranks // self.window - 1
+                yield Step(
+                    block=self._at(-self.direction * (outer + start), -self.direction * (inner + start)),
+                    send_inner=not last_inner,
+                    send_outer=inner == 0 and not last_outer,
+                    take_outer=last_inner and not last_outer,
+                )
+
+    @property
+    def inner_to(self) -> int:
+        """Receiver of buffers inside the window."""
+        return self._at(0, self.direction)
+
+    @property
+    def inner_from(self) -> int:
+        """Sender of buffers inside the window."""
+        return self._at(0, -self.direction)
+
+    @property
+    def outer_to(self) -> int:
+        """Receiver of buffers in the next window."""
+        return self._at(self.direction, 0)
+
+    @property
+    def outer_from(self) -> int:
+        """Sender of buffers in the previous window."""
+        return self._at(-self.direction, 0)
+
+    @property
+    def gradient_to(self) -> int:
+        """Receiver of key and value gradients when the window is done."""
+        return self._at(self.direction, self.direction)
+
+    @property
+    def gradient_from(self) -> int:
+        """Sender of key and value gradients when the window is done."""
+        return self._at(-self.direction, -self.direction)
+
+    def _at(self, windows: int, places: int) -> int:
+        """Rank that many windows and places further."""
+        outer, inner = divmod(self.rank, self.window)
+        return (outer + windows) % (self.ranks // self.window) * self.window + (inner + places) % self.window
+
+
+@dataclass(frozen=True)
+class RingContext:
+    """Groups and options of ring attention.
+
+    Attributes:
+        exchange: transfers round the whole ring.
+        inner: transfers inside a window (the same unless a group of its own exists).
+        rank: place in the ring.
+        window: ranks per window.
+        cache: "none", "full" (keep all received keys and values for backward) or "half" (keep keys only):
+            less traffic for more memory.
+    """
+
+    exchange: Exchange
+    rank: int
+    layout: SequenceLayout
+    options: AttentionOptions
+    inner: Exchange | None = None
+    window: int = 1
+    cache: str = "none"
+
+    def route(self, direction: int) -> RingRoute:
+        """Route of a forward (+1) or backward (-1) pass."""
+        return RingRoute(self.rank, self.layout.ring, self.window, direction)
+
+    def work(self, block: int, batch: int) -> tuple[Work, ...]:
+        """Tiles between this rank's queries and a block."""
+        return plan_work(self.layout, self.rank, block, batch, self.options)
+
+
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, context: RingContext) -> Tensor:
+    """Attention over a sequence whose blocks live on the ranks of a ring; differentiable in q, k and v.
+
+    Args:
+        q: [B, N, s, D] with s = S / R; k: [B, G, s, D]; v: [B, G, s, Dv]. Same shapes on all ranks.
+
+    Returns:
+        [B, N, s, Dv] in q's dtype.
+    """
+    return _RingAttention.apply(q, k, v, context)
+
+
+class _Buffer:
+    """Keys and values as one flat message."""
+
+    def __init__(self, parts: tuple[Tensor, ...]) -> None:
+        self.shapes = [part.shape for part in parts]
+        self.flat = torch.cat([part.reshape(-1) for part in parts])
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """Tensors of a message of this form."""
+        sizes = [shape.numel() for shape in self.shapes]
+        return [part.view(shape) for part, shape in zip(flat.split(sizes), self.shapes, strict=True)]
+
+
+class _Hop:
+    """Buffers on their way through a ring pass; open transfers end when their `ExitStack` closes."""
+
+    def __init__(self, context: RingContext, direction: int, flat: Tensor) -> None:
+        self.route = context.route(direction)
+        self.outer_exchange, self.inner_exchange = context.exchange, context.inner or context.exchange
+        self.flat = flat
+        self._window_start: Tensor | None = None
+
+    def __iter__(self) -> Iterator[tuple[Step, Tensor]]:
+        """Yield each step with the buffer at hand; transfers to the next step run while the caller computes."""
+        outer_stack, outer = ExitStack(), None
+        route = self.route
+        for step in route.steps():
+            if step.send_outer:
+                outer = outer_stack.enter_context(
+                    self.outer_exchange.passing(self.flat, to=route.outer_to, source=route.outer_from, tag=OUTER)
+                )
+            with ExitStack() as inner_stack:
+                inner = None
+                if step.send_inner:
+                    inner = inner_stack.enter_context(
+                        self.inner_exchange.passing(self.flat, to=route.inner_to, source=route.inner_from, tag=INNER)
+                    )
+                yield step, self.flat
+            if inner is not None:
+                self.flat = inner.tensor
+            if step.take_outer and outer is not None:
+                outer_stack.close()
+                self.flat = outer.tensor
+
+
+class _RingAttention(torch.autograd.Function):
+    """Saves q, the block that forward held last (or all that were received), out and the log-sum-exp."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, context: RingContext) -> Tensor:
+        buffer = _Buffer((k, v))
+        total = Accumulator(q, v.shape[-1])
+        states: dict[int, list[object]] = {}
+        kept: dict[int, Tensor] = {}
+        last = buffer.flat
+        for step, flat in _Hop(context, 1, buffer.flat):
+            key, value = buffer.split(flat)
+            states[step.block] = forward_block(q, key, value, context.work(step.block, q.shape[0]), total)
+            last = flat
+            if context.cache != "none":
+                # A view would keep the whole message alive.
+                kept[step.block] = flat if context.cache == "full" else key.flatten().clone()
+        out = total.out.to(q.dtype)
+        carried = last if context.cache == "none" else buffer.split(last)[1].flatten().clone()
+        ctx.save_for_backward(q, out, total.lse, carried, *kept.values())
+        ctx.context, ctx.buffer_shapes, ctx.states, ctx.kept_blocks = context, buffer.shapes, states, tuple(kept)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, out, lse, carried, *kept = ctx.saved_tensors
+        context: RingContext = ctx.context
+        dq = torch.zeros_like(q, dtype=lse.dtype, memory_format=torch.contiguous_format)
+        gradient = _TravellingGradient(context)
+        for step, key, value in _blocks_backward(ctx, carried, dict(zip(ctx.kept_blocks, kept, strict=True))):
+            work = context.work(step.block, q.shape[0])
+            parts = backward_block((grad_out, q, out, lse), key, value, work, ctx.states[step.block], dq)
+            gradient.add(step, torch.cat([part.reshape(-1) for part in parts]))
+        key_shape, value_shape = ctx.buffer_shapes
+        flat = gradient.home
+        dk, dv = flat[: key_shape.numel()].view(key_shape), flat[key_shape.numel() :].view(value_shape)
+        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), None
+
+
+def _blocks_backward(ctx: Any, carried: Tensor, kept: dict[int, Tensor]) -> Iterator[tuple[Step, Tensor, Tensor]]:
+    """Blocks in backward order, from the cache where there is one, else by transfer."""
+    context: RingContext = ctx.context
+    key_shape, value_shape = ctx.buffer_shapes
+    size = key_shape.numel()
+    if context.cache == "full":
+        for step in context.route(-1).steps():
+            flat = kept[step.block]
+            yield step, flat[:size].view(key_shape), flat[size:].view(value_shape)
+        return
+    for step, flat in _Hop(context, -1, carried):
+        if context.cache == "half":
+            yield step, kept[step.block].view(key_shape), flat.view(value_shape)
+        else:
+            yield step, flat[:size].view(key_shape), flat[size:].view(value_shape)
+
+
+class _TravellingGradient:
+    """Gradients of keys and values, in fp32, that follow their block back to its owner."""
+
+    def __init__(self, context: RingContext) -> None:
+        self.route = context.route(-1)
+        self.context = context
+        self._stack = ExitStack()
+        self._incoming: Any = None
+        self.home = torch.empty(0)
+
+    def add(self, step: Step, own: Tensor) -> None:
+        """Add this rank's part for the block at hand and send the sum after the block."""
+        if self._incoming is not None:
+            self._stack.close()
+            own = own + self._incoming.tensor
+            self._incoming = None
+        route, exchange = self.route, self.context.exchange
+        if step.send_inner:
+            exchange = self.context.inner or exchange
+            to, source = route.inner_to, route.inner_from
+        elif step.take_outer:
+            to, source = route.gradient_to, route.gradient_from
+        else:
+            self.home = own
+            return
+        self._incoming = self._stack.enter_context(exchange.passing(own, to=to, source=source, tag=GRADIENT))

@@ -1,0 +1,154 @@
+"""Kernel calls between two blocks of a sequence: tiles with their mask, bias and dropout filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mindspeed.core.attention import FULL, Accumulator, Dropout, Scoring, attend, attend_backward
+from mindspeed.core.context_parallel.layout import SequenceLayout, positions_of
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """What all tiles of one attention call share.
+
+    Attributes:
+        scale: factor of the scores.
+        dropout: probability and base seed; each tile derives its own seed from its place, so that the mask does not
+            depend on which rank computes it.
+        slopes: ALiBi slopes [N] fp32 of this rank's heads, or None.
+        root_distance: penalise the square root of the distance instead of the distance.
+    """
+
+    scale: float
+    dropout: Dropout | None = None
+    slopes: Tensor | None = None
+    root_distance: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kernel call on local slices of samples, queries and keys."""
+
+    samples: slice
+    rows: slice
+    keys: slice
+    scoring: Scoring
+
+
+def plan_work(
+    layout: SequenceLayout, query_rank: int, key_rank: int, batch: int, options: AttentionOptions
+) -> tuple[Work, ...]:
+    """Kernel calls between the blocks of two ring ranks; empty when nothing is visible."""
+    if layout.custom_mask is not None:
+        return tuple(_custom_work(layout, query_rank, key_rank, batch, options))
+    groups = [slice(index, index + 1) for index in range(batch)] if layout.samples_differ else [slice(0, batch)]
+    found = []
+    for samples in groups:
+        for tile in layout.tiles(query_rank, key_rank, samples.start, join=options.slopes is None):
+            bias = None
+            if options.slopes is not None:
+                query_positions = positions_of(layout.block(query_rank, samples.start))[tile.rows]
+                key_positions = positions_of(layout.block(key_rank, samples.start))[tile.keys]
+                bias = AlibiBias(options.slopes, query_positions, key_positions, options.root_distance)
+            scoring = Scoring(options.scale, tile.visible, bias, options.dropout)
+            found.append(_seeded(Work(samples, tile.rows, tile.keys, scoring), layout, query_rank, key_rank))
+    return tuple(found)
+
+
+def _custom_work(
+    layout: SequenceLayout, query_rank: int, key_rank: int, batch: int, options: AttentionOptions
+) -> Iterator[Work]:
+    """At most one call per mask: none where all is hidden, mask-free where all is visible."""
+    mask = layout.custom_mask
+    assert mask is not None
+    mask = mask.reshape(-1, *mask.shape[-2:])
+    rows, keys = positions_of(layout.block(query_rank)), positions_of(layout.block(key_rank))
+    for index, hidden in enumerate(mask):
+        part = hidden.index_select(0, rows.to(mask.device)).index_select(1, keys.to(mask.device))
+        if part.all():
+            continue
+        samples = slice(0, batch) if mask.shape[0] == 1 else slice(index, index + 1)
+        bias = MaskBias(part) if part.any() else None
+        work = Work(samples, slice(0, len(rows)), slice(0, len(keys)), Scoring(options.scale, FULL, bias, options.dropout))
+        yield _seeded(work, layout, query_rank, key_rank)
+
+
+def _seeded(work: Work, layout: SequenceLayout, query_rank: int, key_rank: int) -> Work:
+    """Give a tile its own dropout seed, made from global positions of its first query and key."""
+    dropout = work.scoring.dropout
+    if dropout is None:
+        return work
+    row = int(positions_of(layout.block(query_rank, work.samples.start))[work.rows.start])
+    key = int(positions_of(layout.block(key_rank, work.samples.start))[work.keys.start])
+    seed = dropout.seed
+    for part in (row, key, work.samples.start):
+        seed = ((seed ^ part) * 0x2545F4914F6CDD1D + 0x9E3779B97F4A7C15) & (2**63 - 1)
+    return replace(work, scoring=replace(work.scoring, dropout=replace(dropout, seed=seed)))
+
+
+@dataclass(frozen=True)
+class MaskBias:
+    """-inf where a boolean mask [rows, keys] hides, made part by part."""
+
+    hidden: Tensor
+
+    def __call__(self, rows: range, keys: range) -> Tensor:
+        """Additive fp32 mask of these rows and keys."""
+        part = self.hidden[rows.start : rows.stop, keys.start : keys.stop]
+        return torch.zeros(part.shape, device=part.device).masked_fill_(part, float("-inf"))
+
+
+@dataclass(frozen=True)
+class AlibiBias:
+    """-slope x distance of global positions (or its square root), made part by part; arXiv 2108.12409."""
+
+    slopes: Tensor
+    query_positions: Tensor
+    key_positions: Tensor
+    root: bool = False
+
+    def __call__(self, rows: range, keys: range) -> Tensor:
+        """Additive fp32 bias [1, N, rows, keys]."""
+        device = self.slopes.device
+        query = self.query_positions[rows.start : rows.stop].to(device, torch.float32)
+        key = self.key_positions[keys.start : keys.stop].to(device, torch.float32)
+        distance = (query[:, None] - key[None, :]).abs_()
+        return -self.slopes.view(1, -1, 1, 1) * (distance.sqrt_() if self.root else distance)
+
+
+def forward_block(q: Tensor, k: Tensor, v: Tensor, work: tuple[Work, ...], total: Accumulator) -> list[object]:
+    """Compute the tiles of one block pair and merge them; returns each tile's state for backward."""
+    states = []
+    for tile in work:
+        out, lse, state = attend(
+            q[tile.samples, :, tile.rows], k[tile.samples, :, tile.keys], v[tile.samples, :, tile.keys], tile.scoring
+        )
+        total.add(out, lse, tile.rows, tile.samples)
+        states.append(state)
+    return states
+
+
+def backward_block(
+    saved: tuple[Tensor, Tensor, Tensor, Tensor], k: Tensor, v: Tensor, work: tuple[Work, ...], states: list[object], dq: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of one block pair: adds to `dq`, returns (dk, dv) of the block in fp32.
+
+    Args:
+        saved: grad_out, q, out, lse of the queries of this rank.
+    """
+    grad_out, q, out, lse = saved
+    dk, dv = torch.zeros_like(k, dtype=dq.dtype), torch.zeros_like(v, dtype=dq.dtype)
+    for tile, state in zip(work, states, strict=True):
+        rows, keys = (tile.samples, slice(None), tile.rows), (tile.samples, slice(None), tile.keys)
+        dq_part, dk_part, dv_part = attend_backward(
+            grad_out[rows], q[rows], k[keys], v[keys], out[rows], lse[rows], tile.scoring, state
+        )
+        dq[rows] += dq_part
+        dk[keys] += dk_part
+        dv[keys] += dv_part
+    return dk, dv
