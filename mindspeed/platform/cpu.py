@@ -121,8 +121,8 @@ class Cpu(Platform):
 
     def memory_stats(self) -> MemoryStats:
         """Bytes of live tensors (see `mindspeed.platform.memory`) and of the resident set."""
-        current, peak = self.memory.read()
-        return MemoryStats(current, peak, resident_bytes(), resident_peak_bytes(), psutil.virtual_memory().total)
+        read = self.memory.read()
+        return MemoryStats(read.current, read.peak, resident_bytes(), resident_peak_bytes(), psutil.virtual_memory().total)
 
     def reset_peak_memory(self) -> None:
         """Let the peak start from what is alive now."""

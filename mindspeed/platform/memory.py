@@ -15,7 +15,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -43,6 +43,9 @@ class LiveStorages:
         self._entries: dict[int, _Entry] = {}
         self.current = 0
         self.peak = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
     def add(self, tensor: torch.Tensor, kind: str = "other") -> None:
         """Start to follow the storage behind `tensor`; a storage known already keeps its kind."""
@@ -115,7 +118,7 @@ class StorageMeter(TorchDispatchMode):
         kind_of: Callable[[Any, torch.Tensor], str] | None = None,
     ) -> None:
         super().__init__()
-        self.storages = storages or LiveStorages(device_type)
+        self.storages = LiveStorages(device_type) if storages is None else storages
         self._kind_of = kind_of
         self._restore: Callable[[], None] = lambda: None
 
@@ -169,14 +172,14 @@ def tensors_of_python() -> Iterator[torch.Tensor]:
                 yield candidate.grad
 
 
-def live_bytes(device_type: str | None = None) -> int:
-    """Bytes of the storages behind all tensors that Python objects hold; shared storages count once."""
+def live_storages(device_type: str | None = None) -> list[int]:
+    """Bytes of each storage behind the tensors that Python objects hold; shared storages count once."""
     sizes = {}
     for tensor in tensors_of_python():
         storage = _storage_of(tensor, device_type)
         if storage is not None:
             sizes[storage._cdata] = storage.nbytes()
-    return sum(sizes.values())
+    return list(sizes.values())
 
 
 def _storage_of(tensor: torch.Tensor, device_type: str | None) -> torch.UntypedStorage | None:
@@ -189,6 +192,14 @@ def _storage_of(tensor: torch.Tensor, device_type: str | None) -> torch.UntypedS
     except (NotImplementedError, RuntimeError):  # sparse tensors, wrapper subclasses, functorch levels
         return None
     return None if storage.device.type == "meta" else storage
+
+
+class Reading(NamedTuple):
+    """Bytes of live tensors now and at most since the last reset, and the number of storages they are in."""
+
+    current: int
+    peak: int
+    storages: int
 
 
 class LiveMemoryCounter:
@@ -211,11 +222,15 @@ class LiveMemoryCounter:
                 self._peak = max(self._peak, meter.storages.peak)
                 self._meter = outer
 
-    def read(self) -> tuple[int, int]:
-        """Bytes alive now, and the greatest number since the last reset: (current, peak)."""
-        current = live_bytes(self._device_type) if self._meter is None else self._meter.current
-        self._peak = max(self._peak, current, 0 if self._meter is None else self._meter.peak)
-        return current, self._peak
+    def read(self) -> Reading:
+        """Count now; this is one of the moments that the peak is taken from."""
+        if self._meter is None:
+            sizes = live_storages(self._device_type)
+            current, count, peak = sum(sizes), len(sizes), 0
+        else:
+            current, count, peak = self._meter.current, len(self._meter), self._meter.peak
+        self._peak = max(self._peak, current, peak)
+        return Reading(current, self._peak, count)
 
     def reset_peak(self) -> None:
         """Let the peak start from what is alive now."""
