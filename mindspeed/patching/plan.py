@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mindspeed.errors import ConflictError, TargetError
+from mindspeed.patching import fingerprints
 from mindspeed.patching.aliases import Place, can_have_aliases, default_places, find
 from mindspeed.patching.callables import functions_with, original_of, replaced, wrapped
 from mindspeed.patching.conflicts import in_order, problems_between, without_superseded
@@ -159,6 +160,7 @@ def _resolved(patches: Iterable[Patch], rows: Iterable[Row], installed: Mapping[
         found_versions = ", ".join(f"{name} {version}" for name, version in (installed or host_versions()).items())
         supported = ", ".join(f"{name} {version}" for name, version in SUPPORTED.items())
         raise TargetError("\n".join([*lines, f"Installed: {found_versions}. Supported: {supported}."]))
+    fingerprints.verify(((_who(step.patch), step.found) for step in steps), next(iter(SUPPORTED.values())))
     return steps
 
 
