@@ -81,7 +81,10 @@ class Check:
 
 @runtime_checkable
 class Staged(Protocol):
-    """A contender with an untimed part: what is timed is the second call of `call(*prepare(*inputs))`."""
+    """A contender with an untimed part: what is timed is the outer call of `call(*prepare(*inputs))`.
+
+    With a true attribute `reusable`, one `prepare` serves all calls of a round.
+    """
 
     def prepare(self, *inputs: Any) -> tuple[Any, ...]:
         """Untimed part; returns the arguments of `call`."""
@@ -133,13 +136,14 @@ class Paired:
     Attributes:
         round: returns the cost of "ours" and of each peer, and optionally of "floor", measured next to each other.
         check: outcome of the correctness check, made before the first round.
-        statistic: "median" of the rounds, or "min" for costs that only noise can raise (start-up).
+        statistic: "median" of the rounds, "min" for costs that only noise can raise, or "last" if every round returns the
+            best estimate so far.
         versions: of peers, by name.
     """
 
     round: Callable[[], Mapping[str, float]]
     check: Check
-    statistic: Literal["median", "min"] = "median"
+    statistic: Literal["median", "min", "last"] = "median"
     workload: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -278,6 +282,7 @@ class OperatorCall:
     def __init__(self, fn: Callable[..., Any], mode: str) -> None:
         self.fn = fn
         self.mode = mode
+        self.reusable = mode != "backward"  # a graph serves one backward
 
     def prepare(self, *inputs: Any) -> tuple[Any, ...]:
         """Run forward to learn the outputs' shapes, and draw their gradients."""
