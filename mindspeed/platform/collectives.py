@@ -1,15 +1,27 @@
-"""Collectives as every platform should offer them, built from what its backend really does.
+"""Collectives as every platform should offer them: the one module that knows what gloo lacks and closes each gap exactly.
 
-gloo lacks lists of unequal length, sums 16-bit numbers with a rounding at every hop, reads tensors after the call
-returned, and in some versions of torch ignores or refuses reductions other than SUM. Each gap is closed here, exactly.
+Gaps: lists of unequal length, non-contiguous tensors, 16-bit sums that round at every hop (256+1+1+1 in bf16 gives 256
+or 260), tensors read after the call returned, and, in some versions of torch, reductions that are ignored or refused.
+The functions at the end are for features; `Reductions` and the functions before them are installed by the CPU platform.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mindspeed.errors import PlatformError
+from mindspeed.platform.op_probe import OPS, Native, OpProbe, op_name, outside_coalescing
+
+_NARROW = (torch.float16, torch.bfloat16)
+_SUM, _AVG = dist.ReduceOp.SUM, dist.ReduceOp.AVG
+_EXACT_IN_16_BIT = ("MAX", "MIN")
 
 
 class FinishingWork:
@@ -46,24 +58,294 @@ class FinishingWork:
         return getattr(self._work, name)
 
 
-def all_reduce_in(
-    dtype: torch.dtype,
-    all_reduce: Callable[..., Any],
-    tensor: torch.Tensor,
-    op: Any = torch.distributed.ReduceOp.SUM,
-    group: Any = None,
-    async_op: bool = False,
-) -> Any:
-    """Reduce `tensor` in another dtype and round once into the caller's own tensor; contiguity does not matter."""
-    wide = tensor.detach().to(dtype, memory_format=torch.contiguous_format)
-    if wide.data_ptr() == tensor.data_ptr():
-        return all_reduce(tensor, op, group, async_op)
-    work = all_reduce(wide, op, group, async_op)
-
-    def finish() -> None:
-        tensor.detach().copy_(wide)
-
-    if async_op:
-        return None if work is None else FinishingWork(work, finish)
+def _finished(work: Any, async_op: bool, finish: Callable[[], None]) -> Any:
+    if async_op and work is not None:
+        return FinishingWork(work, finish)
     finish()
     return work
+
+
+def all_reduce_in(
+    dtype: torch.dtype, native: Native, tensor: Tensor, op: Any = _SUM, group: Any = None, async_op: bool = False
+) -> Any:
+    """Reduce `tensor` in another dtype and round once into the caller's own tensor; its layout does not matter."""
+    wide = tensor.detach().to(dtype, memory_format=torch.contiguous_format, copy=True)
+    work = native(wide, op=op, group=group, async_op=async_op)
+    return _finished(work, async_op, lambda: _copy(wide, tensor))
+
+
+def _copy(result: Tensor, to: Tensor) -> None:
+    to.detach().copy_(result)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How one reduction is done: in which dtype, with which op, divided by what, by an all_reduce of everything or not."""
+
+    dtype: torch.dtype
+    op: Any
+    divisor: int = 1
+    by_all_reduce: bool = False
+    is_native: bool = False
+
+    def wide(self, tensor: Tensor) -> Tensor:
+        """A contiguous copy in the dtype of the reduction."""
+        return tensor.detach().to(self.dtype, memory_format=torch.contiguous_format, copy=True)
+
+    def result(self, reduced: Tensor) -> Tensor:
+        """The reduction asked for, from the one that was done."""
+        return reduced if self.divisor == 1 else reduced.div_(self.divisor)
+
+
+class Reductions:
+    """all_reduce, reduce, reduce_scatter and reduce_scatter_tensor with exact results on any CPU backend.
+
+    Args:
+        natives: torch's own functions, by these names.
+    """
+
+    def __init__(self, natives: Mapping[str, Native]) -> None:
+        self._natives = natives
+        self._probe = OpProbe(natives)
+        self._coalesced: dict[Any, list[FinishingWork]] = {}
+
+    def all_reduce(self, tensor: Tensor, op: Any = _SUM, group: Any = None, async_op: bool = False) -> Any:
+        """As torch.distributed.all_reduce; 16-bit tensors are reduced in fp32 and rounded once."""
+        way = self._way("all_reduce", tensor.dtype, op, group)
+        if way.is_native and tensor.is_contiguous():
+            return self._natives["all_reduce"](tensor, op=way.op, group=group, async_op=async_op)
+        wide = way.wide(tensor)
+        return self._run("all_reduce", (wide,), way, group, async_op, lambda: _copy(way.result(wide), tensor))
+
+    def reduce_scatter_tensor(
+        self, output: Tensor, input: Tensor, op: Any = _SUM, group: Any = None, async_op: bool = False
+    ) -> Any:
+        """As torch.distributed.reduce_scatter_tensor; 16-bit tensors are reduced in fp32 and rounded once."""
+        way = self._way("reduce_scatter_tensor", input.dtype, op, group)
+        if way.is_native and input.is_contiguous() and output.is_contiguous():
+            return self._natives["reduce_scatter_tensor"](output, input, op=way.op, group=group, async_op=async_op)
+        wide = way.wide(input)
+        if way.by_all_reduce:
+            mine = wide.reshape(dist.get_world_size(group), -1)[dist.get_rank(group)]
+            return self._run("all_reduce", (wide,), way, group, async_op, lambda: _copy(mine.view_as(output), output))
+        part = torch.empty(output.shape, dtype=way.dtype)
+        finish = lambda: _copy(way.result(part), output)  # noqa: E731
+        return self._run("reduce_scatter_tensor", (part, wide), way, group, async_op, finish)
+
+    def reduce_scatter(
+        self, output: Tensor, input_list: Sequence[Tensor], op: Any = _SUM, group: Any = None, async_op: bool = False
+    ) -> Any:
+        """As torch.distributed.reduce_scatter, unequal lengths included; 16-bit tensors are reduced in fp32."""
+        way = self._way("reduce_scatter", output.dtype, op, group)
+        inputs = list(input_list)
+        if way.is_native and output.is_contiguous() and all(item.is_contiguous() for item in inputs):
+            return self._natives["reduce_scatter"](output, inputs, op=way.op, group=group, async_op=async_op)
+        if way.by_all_reduce:
+            wide = torch.cat([way.wide(item).reshape(-1) for item in inputs])
+            mine = wide.split([item.numel() for item in inputs])[dist.get_rank(group)]
+            return self._run("all_reduce", (wide,), way, group, async_op, lambda: _copy(mine.view_as(output), output))
+        part, parts = torch.empty(output.shape, dtype=way.dtype), [way.wide(item) for item in inputs]
+        finish = lambda: _copy(way.result(part), output)  # noqa: E731
+        return self._run("reduce_scatter", (part, parts), way, group, async_op, finish)
+
+    def reduce(
+        self,
+        tensor: Tensor,
+        dst: int | None = None,
+        op: Any = _SUM,
+        group: Any = None,
+        async_op: bool = False,
+        group_dst: int | None = None,
+    ) -> Any:
+        """As torch.distributed.reduce; 16-bit tensors are reduced in fp32 and rounded once at the root."""
+        way = self._way("reduce", tensor.dtype, op, group)
+        root = {"dst": dst} if group_dst is None else {"group_dst": group_dst}
+        if way.is_native and tensor.is_contiguous():
+            return self._natives["reduce"](tensor, op=way.op, group=group, async_op=async_op, **root)
+        me = dist.get_rank() if group_dst is None else dist.get_rank(group)
+        is_root = me == (dst if group_dst is None else group_dst)
+        wide = way.wide(tensor)
+        finish = lambda: _copy(way.result(wide), tensor) if is_root else None  # noqa: E731
+        return self._run("reduce", (wide,), way, group, async_op, finish, **root)
+
+    def coalescing(self, native: Native) -> Native:
+        """torch's coalescing manager, which must also wait for reductions that are not left to torch."""
+
+        @contextlib.contextmanager
+        def manager(group: Any = None, device: Any = None, async_ops: bool = False) -> Iterator[Any]:
+            key = group or dist.group.WORLD
+            with native(group=group, device=device, async_ops=async_ops) as works:
+                self._coalesced[key] = []
+                try:
+                    yield works
+                finally:
+                    ours = self._coalesced.pop(key)
+            for work in ours:
+                works.append(work) if async_ops else work.wait()
+
+        return manager
+
+    def _way(self, form: str, dtype: torch.dtype, op: Any, group: Any) -> _Way:
+        if dist.get_rank(group) < 0:  # not a member: torch warns and does nothing
+            return _Way(dtype, op, is_native=True)
+        size, name = dist.get_world_size(group), op_name(op)
+        if size == 1 and name in OPS:
+            return _Way(dtype, _SUM, is_native=True)
+        is_wide = dtype in _NARROW and name not in _EXACT_IN_16_BIT
+        kind = torch.float32 if is_wide else dtype
+        if self._probe.performs(form, op, group or dist.group.WORLD):
+            coalesced = name != "SUM" and (group or dist.group.WORLD) in self._coalesced
+            return _Way(kind, op, is_native=not is_wide and not coalesced)
+        if name == "AVG":
+            return _Way(kind, _SUM, divisor=size)
+        if form.startswith("reduce_scatter") and self._probe.performs("all_reduce", op, group or dist.group.WORLD):
+            return _Way(kind, op, by_all_reduce=True)
+        raise PlatformError(f"backend {dist.get_backend(group)} gives wrong results for {name} in {form}; use another backend")
+
+    def _run(
+        self,
+        form: str,
+        tensors: tuple[Any, ...],
+        way: _Way,
+        group: Any,
+        async_op: bool,
+        finish: Callable[[], None],
+        **root: Any,
+    ) -> Any:
+        """Start the reduction on buffers and arrange for its result; torch's coalescing gets a handle instead."""
+        key = group or dist.group.WORLD
+        held = self._coalesced.get(key)
+        with outside_coalescing(key):
+            work = self._natives[form](*tensors, op=way.op, group=group, async_op=async_op or held is not None, **root)
+        if held is None:
+            return _finished(work, async_op, finish)
+        held.append(FinishingWork(work, finish))
+        return held[-1] if async_op else None
+
+
+def sending_alive(native: Native) -> Native:
+    """isend of a view with a reference of its own: gloo reads the storage after the call returned."""
+
+    def isend(tensor: Tensor, *args: Any, **options: Any) -> Any:
+        return native(tensor.detach().contiguous(), *args, **options)
+
+    return isend
+
+
+def gathering_uneven(native: Native, all_to_all_single: Native) -> Native:
+    """List all_gather whose entries may differ in shape."""
+
+    def all_gather(tensor_list: Sequence[Tensor], tensor: Tensor, group: Any = None, async_op: bool = False) -> Any:
+        if dist.get_rank(group) < 0 or len({item.shape for item in tensor_list}) == 1:
+            return native(tensor_list, tensor.contiguous(), group=group, async_op=async_op)
+        copies = [tensor.detach()] * len(tensor_list)
+        return _exchange(all_to_all_single, tensor_list, copies, group, async_op)
+
+    return all_gather
+
+
+def exchanging_uneven(native: Native, all_to_all_single: Native) -> Native:
+    """List all_to_all whose entries may differ in shape; no rank can see whether they do on all ranks."""
+
+    def all_to_all(
+        output_tensor_list: Sequence[Tensor], input_tensor_list: Sequence[Tensor], group: Any = None, async_op: bool = False
+    ) -> Any:
+        if dist.get_rank(group) < 0:
+            return native(output_tensor_list, input_tensor_list, group=group, async_op=async_op)
+        return _exchange(all_to_all_single, output_tensor_list, input_tensor_list, group, async_op)
+
+    return all_to_all
+
+
+def _exchange(
+    all_to_all_single: Native, outputs: Sequence[Tensor], inputs: Sequence[Tensor], group: Any, async_op: bool
+) -> Any:
+    sizes, lengths = [item.numel() for item in outputs], [item.numel() for item in inputs]
+    sent = torch.cat([item.detach().reshape(-1) for item in inputs])
+    got = sent.new_empty(sum(sizes))
+    work = all_to_all_single(got, sent, sizes, lengths, group=group, async_op=async_op)
+
+    def finish() -> None:
+        for output, part in zip(outputs, got.split(sizes), strict=True):
+            _copy(part.view_as(output), output)
+
+    return _finished(work, async_op, finish)
+
+
+def exchanging_any_layout(native: Native) -> Native:
+    """all_to_all_single for tensors of any layout and splits of any integer kind."""
+
+    def all_to_all_single(
+        output: Tensor,
+        input: Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        splits = _integers(output_split_sizes), _integers(input_split_sizes)
+        if output.is_contiguous():
+            return native(output, input.contiguous(), *splits, group=group, async_op=async_op)
+        got = torch.empty_like(output, memory_format=torch.contiguous_format)
+        work = native(got, input.contiguous(), *splits, group=group, async_op=async_op)
+        return _finished(work, async_op, lambda: _copy(got, output))
+
+    return all_to_all_single
+
+
+def _integers(sizes: Any) -> list[int] | None:
+    return None if sizes is None else [int(size) for size in sizes]
+
+
+def gathering_any_layout(native: Native) -> Native:
+    """all_gather_into_tensor for tensors of any layout."""
+
+    def all_gather_into_tensor(output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False) -> Any:
+        if output_tensor.is_contiguous():
+            return native(output_tensor, input_tensor.contiguous(), group=group, async_op=async_op)
+        got = torch.empty_like(output_tensor, memory_format=torch.contiguous_format)
+        work = native(got, input_tensor.contiguous(), group=group, async_op=async_op)
+        return _finished(work, async_op, lambda: _copy(got, output_tensor))
+
+    return all_gather_into_tensor
+
+
+def all_gather_uneven(tensor: Tensor, sizes: Sequence[int], group: Any = None, async_op: bool = False) -> tuple[Tensor, Any]:
+    """Join the ranks' tensors [sizes[rank], ...] along the first dimension, on any backend.
+
+    Returns:
+        the joined tensor [sum(sizes), ...], without gradient, and the handle (None unless `async_op`).
+
+    Raises:
+        ValueError: this rank's tensor does not have the length that `sizes` says.
+    """
+    sizes = [int(size) for size in sizes]
+    mine = sizes[dist.get_rank(group)]
+    if tensor.shape[0] != mine:
+        raise ValueError(f"this rank's tensor has length {tensor.shape[0]} and sizes say {mine}; pass every rank's true length")
+    tensor = tensor.detach().contiguous()
+    output = tensor.new_empty((sum(sizes), *tensor.shape[1:]))
+    if dist.get_backend(group) == "nccl":
+        return output, dist.all_gather(list(output.split(sizes)), tensor, group=group, async_op=async_op)
+    copies = tensor.repeat(len(sizes), *[1] * (tensor.dim() - 1))
+    work = dist.all_to_all_single(output, copies, sizes, [mine] * len(sizes), group=group, async_op=async_op)
+    return output, work
+
+
+def reduce_scatter_uneven(
+    tensor: Tensor, sizes: Sequence[int], group: Any = None, op: Any = _SUM, async_op: bool = False
+) -> tuple[Tensor, Any]:
+    """Reduce a tensor [sum(sizes), ...] over the ranks; rank r keeps its rows [sizes[r], ...], on any backend.
+
+    Returns:
+        this rank's rows, without gradient, and the handle (None unless `async_op`).
+
+    Raises:
+        ValueError: the tensor's length is not the sum of `sizes`.
+    """
+    sizes = [int(size) for size in sizes]
+    if tensor.shape[0] != sum(sizes):
+        raise ValueError(f"the tensor has length {tensor.shape[0]} and sizes add up to {sum(sizes)}; pass every rank's share")
+    tensor = tensor.detach().contiguous()
+    output = tensor.new_empty((sizes[dist.get_rank(group)], *tensor.shape[1:]))
+    return output, dist.reduce_scatter(output, list(tensor.split(sizes)), op=op, group=group, async_op=async_op)
