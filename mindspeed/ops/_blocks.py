@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 1 << 19
-"""Size of one buffer; three of them fit the second-level cache of the processors this was measured on."""
+BLOCK_BYTES = 1 << 20
+"""Size of one buffer; measured best among powers of two for the operators here (1 MiB second-level, 32 MiB third-level cache)."""
 
 
 def row_blocks(rows: int, row_bytes: int, block_bytes: int = BLOCK_BYTES) -> Iterator[slice]:

@@ -39,7 +39,10 @@ _DEVICES = {
 
 FAMILIES = (
     "dropout_add_norm",
+    "gmm",
+    "groupmatmul_add",
     "layer_norm",
+    "matmul_add",
     "rms_norm",
     "rotary",
     "scaled_masked_softmax",
