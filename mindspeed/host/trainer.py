@@ -37,7 +37,7 @@ FUNCTIONS: dict[str, str] = {
     "loss_func": "forward",
     "model_provider": "model",
     "num_floating_point_operations": "logging",
-    "pretrain": "loop",
+    "pretrain": "pretraining",
     "print_rank_0": "report",
     "print_rank_last": "report",
     "save_checkpoint": "checkpointing",

@@ -79,7 +79,9 @@ def current() -> Session:
         MindspeedError: no run is open.
     """
     if _Slot.session is None:
-        raise MindspeedError("no training run is open in this process; it is opened by mindspeed.training.loop.pretrain()")
+        raise MindspeedError(
+            "no training run is open in this process; it is opened by mindspeed.training.pretraining.pretrain()"
+        )
     return _Slot.session
 
 

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed.errors import MindspeedError
+from mindspeed.training.launch import ERROR_FILE, LAUNCHER, REFUSED
 
-ERROR_FILE = "MINDSPEED_ERROR_FILE"  # where the launcher wants a failure described
-LAUNCHER = "MINDSPEED_LAUNCHER_PID"  # process that a worker must not outlive
-FAILED, REFUSED = 1, 2
+FAILED = 1
 # What megatron-core logs as warnings although nothing is amiss: on a CPU there is one generator, and evaluation
 # switches the rerun machine off and on.
 _IDLE = ("CPU RNG state changed within GPU RNG context", "Setting RerunStateMachine mode", "RerunStateMachine initialized")
@@ -44,9 +43,9 @@ def _pretrain(argv: list[str]) -> None:
     from mindspeed.platform import current
 
     import_core(current())  # quietly, and without compiling what the device gains nothing from
-    from mindspeed.training import loop
+    from mindspeed.training import pretraining
 
-    loop.pretrain(argv=argv)
+    pretraining.pretrain(argv=argv)
 
 
 def guarded(work: Callable[[], Any]) -> int:
