@@ -2,17 +2,22 @@
 
 from mindspeed.testing.accuracy import assert_as_accurate, with_grads
 from mindspeed.testing.communication import count_communication
+from mindspeed.testing.events import EventLog
 from mindspeed.testing.flops import count_flops
 from mindspeed.testing.memory import LiveMemory, saved_bytes
 from mindspeed.testing.multirank import ranks
+from mindspeed.testing.sleeping import SleepingStage, delayed_links
 from mindspeed.testing.world import World
 
 __all__ = [
+    "EventLog",
     "LiveMemory",
+    "SleepingStage",
     "World",
     "assert_as_accurate",
     "count_communication",
     "count_flops",
+    "delayed_links",
     "ranks",
     "saved_bytes",
     "with_grads",

@@ -71,8 +71,8 @@ _OPERATORS: dict[str, dict[str, str]] = {
 }
 _OPERATOR_KINDS = {name: (kind, payload) for kind, names in _OPERATORS.items() for name, payload in names.items()}
 
-# method of ProcessGroup -> kind, position of what is sent
-_METHODS: dict[str, tuple[str, int]] = {
+# method of ProcessGroup -> kind, position of what is handed over
+COLLECTIVE_METHODS: dict[str, tuple[str, int]] = {
     "allreduce": ("all_reduce", 0),
     "allreduce_coalesced": ("all_reduce", 0),
     "allgather": ("all_gather", 1),
@@ -99,6 +99,13 @@ _METHODS: dict[str, tuple[str, int]] = {
     "barrier": ("barrier", -1),
     "monitored_barrier": ("barrier", -1),
 }
+
+
+def tensors_of_call(method: str, args: Sequence[Any]) -> list[Tensor]:
+    """Tensors that a call of a `ProcessGroup` method hands over."""
+    position = COLLECTIVE_METHODS[method][1]
+    given = tree_leaves(args[position]) if 0 <= position < len(args) else []
+    return [item for item in given if isinstance(item, Tensor)]
 
 
 @dataclass(frozen=True)
@@ -211,13 +218,13 @@ class _DispatchWatch(TorchDispatchMode):
 def _watched_methods(report: Callable[[Communication], None]) -> Iterator[None]:
     """Report calls of `ProcessGroup`'s methods by any thread."""
     # taken from __dict__: getattr would unwrap the C++ methods, and what is put back could not be bound any more
-    originals = {name: ProcessGroup.__dict__[name] for name in _METHODS if name in ProcessGroup.__dict__}
+    originals = {name: ProcessGroup.__dict__[name] for name in COLLECTIVE_METHODS if name in ProcessGroup.__dict__}
 
     def watch(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        kind, position = _METHODS[name]
+        kind = COLLECTIVE_METHODS[name][0]
 
         def method(group: ProcessGroup, *args: Any, **kwargs: Any) -> Any:
-            sent = tree_leaves(args[position]) if 0 <= position < len(args) else []
+            sent = tensors_of_call(name, args)
             splits = args[3] if name in ("alltoall_base", "all_to_all_single") and len(args) > 3 else ()
             report(_record(kind, name, group, sent, splits, _root_of(args, kwargs)))
             return original(group, *args, **kwargs)
