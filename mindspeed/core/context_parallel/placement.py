@@ -43,9 +43,9 @@ def zigzag(length: int, ranks: int) -> tuple[Segments, ...]:
     Raises:
         ValueError: `length` does not divide by 2 x `ranks`.
     """
-    _must_divide(length, 2 * ranks)
     if ranks == 1:
         return ((Segment(0, length),),)
+    _must_divide(length, 2 * ranks)
     size = length // (2 * ranks)
     chunks = [Segment(index * size, (index + 1) * size) for index in range(2 * ranks)]
     return tuple((chunks[rank], chunks[2 * ranks - 1 - rank]) for rank in range(ranks))
@@ -64,9 +64,9 @@ def document_zigzag(boundaries: Sequence[int], ranks: int) -> tuple[Segments, ..
         ValueError: the length does not divide by 2 x `ranks`.
     """
     length = boundaries[-1]
-    _must_divide(length, 2 * ranks)
     if ranks == 1:
         return ((Segment(0, length),),)
+    _must_divide(length, 2 * ranks)
     chunks = 2 * ranks
     spare = [length // ranks - sum(2 * ((stop - start) // chunks) for start, stop in pairwise(boundaries))] * ranks
     held: list[list[Segment]] = [[] for _ in range(ranks)]

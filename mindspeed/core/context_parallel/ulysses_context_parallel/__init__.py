@@ -1,0 +1,1 @@
+"""Ulysses: sequence split outside attention, heads split inside (arXiv 2309.14509)."""

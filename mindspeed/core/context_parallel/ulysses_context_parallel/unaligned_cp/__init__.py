@@ -1,0 +1,1 @@
+"""Exchanges for lengths and head counts that do not divide by the number of ranks."""
