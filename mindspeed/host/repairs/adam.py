@@ -87,14 +87,19 @@ class Adam(torch.optim.AdamW):
                     state[index] = {"step": torch.tensor(step, dtype=torch.float32), **state[index]}
         return {**state_dict, "state": state}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Read either form; a group's own `step` wins over those of its parameters."""
-        super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            steps = [self.state[p].pop("step") for p in group["params"] if "step" in self.state.get(p, {})]
-            if "step" not in group or group["step"] is None:
-                group["step"] = int(max((float(step) for step in steps), default=0.0))
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Read either form, from `load_state_dict` or unpickling; a group's own `step` wins over its parameters'."""
+        for group in state["param_groups"]:
+            entries = [state["state"][p] for p in group["params"] if state["state"].get(p)]
+            steps = [float(entry["step"]) for entry in entries if "step" in entry]
+            if group.get("step") is None:
+                group["step"] = max(steps, default=0.0)
             group["step"] = int(group["step"])
+            for entry in entries:  # torch looks for it, whoever wrote the state
+                entry.setdefault("step", torch.tensor(float(group["step"])))
+        super().__setstate__(state)
+        for entry in self.state.values():
+            entry.pop("step", None)
 
 
 def _step_tensors(done: int, count: int, device: torch.device) -> list[Tensor]:
