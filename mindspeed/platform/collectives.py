@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed.errors import PlatformError
-from mindspeed.platform.op_probe import OPS, Native, OpProbe, op_name, outside_coalescing
+from mindspeed.platform.op_probe import OPS, Native, OpProbe, combined, op_name, outside_coalescing
 
 _NARROW = (torch.float16, torch.bfloat16)
 _SUM, _AVG = dist.ReduceOp.SUM, dist.ReduceOp.AVG
@@ -80,12 +80,11 @@ def _copy(result: Tensor, to: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Way:
-    """How one reduction is done: in which dtype, with which op, divided by what, by an all_reduce of everything or not."""
+    """How one reduction is done: in which dtype, with which op, divided by what; natively if that is right already."""
 
     dtype: torch.dtype
     op: Any
     divisor: int = 1
-    by_all_reduce: bool = False
     is_native: bool = False
 
     def wide(self, tensor: Tensor) -> Tensor:
@@ -101,7 +100,7 @@ class Reductions:
     """all_reduce, reduce, reduce_scatter and reduce_scatter_tensor with exact results on any CPU backend.
 
     Args:
-        natives: torch's own functions, by these names.
+        natives: torch's own functions by these names, and all_to_all_single.
     """
 
     def __init__(self, natives: Mapping[str, Native]) -> None:
@@ -115,38 +114,41 @@ class Reductions:
         if way.is_native and tensor.is_contiguous():
             return self._natives["all_reduce"](tensor, op=way.op, group=group, async_op=async_op)
         wide = way.wide(tensor)
-        return self._run("all_reduce", (wide,), way, group, async_op, lambda: _copy(way.result(wide), tensor))
+        finish = lambda: _copy(way.result(wide), tensor)  # noqa: E731
+        return self._run("all_reduce", (wide,), group, async_op, finish, op=way.op)
 
     def reduce_scatter_tensor(
         self, output: Tensor, input: Tensor, op: Any = _SUM, group: Any = None, async_op: bool = False
     ) -> Any:
-        """As torch.distributed.reduce_scatter_tensor; 16-bit tensors are reduced in fp32 and rounded once."""
+        """As torch.distributed.reduce_scatter_tensor; 16-bit tensors are summed in fp32 and rounded once."""
         way = self._way("reduce_scatter_tensor", input.dtype, op, group)
         if way.is_native and input.is_contiguous() and output.is_contiguous():
             return self._natives["reduce_scatter_tensor"](output, input, op=way.op, group=group, async_op=async_op)
-        wide = way.wide(input)
-        if way.by_all_reduce:
-            mine = wide.reshape(dist.get_world_size(group), -1)[dist.get_rank(group)]
-            return self._run("all_reduce", (wide,), way, group, async_op, lambda: _copy(mine.view_as(output), output))
-        part = torch.empty(output.shape, dtype=way.dtype)
-        finish = lambda: _copy(way.result(part), output)  # noqa: E731
-        return self._run("reduce_scatter_tensor", (part, wide), way, group, async_op, finish)
+        size = dist.get_world_size(group)
+        return self._scatter(output, input, [input.numel() // size] * size, op, group, async_op)
 
     def reduce_scatter(
         self, output: Tensor, input_list: Sequence[Tensor], op: Any = _SUM, group: Any = None, async_op: bool = False
     ) -> Any:
-        """As torch.distributed.reduce_scatter, unequal lengths included; 16-bit tensors are reduced in fp32."""
+        """As torch.distributed.reduce_scatter, unequal lengths included; 16-bit tensors are summed in fp32."""
         way = self._way("reduce_scatter", output.dtype, op, group)
         inputs = list(input_list)
         if way.is_native and output.is_contiguous() and all(item.is_contiguous() for item in inputs):
             return self._natives["reduce_scatter"](output, inputs, op=way.op, group=group, async_op=async_op)
-        if way.by_all_reduce:
-            wide = torch.cat([way.wide(item).reshape(-1) for item in inputs])
-            mine = wide.split([item.numel() for item in inputs])[dist.get_rank(group)]
-            return self._run("all_reduce", (wide,), way, group, async_op, lambda: _copy(mine.view_as(output), output))
-        part, parts = torch.empty(output.shape, dtype=way.dtype), [way.wide(item) for item in inputs]
-        finish = lambda: _copy(way.result(part), output)  # noqa: E731
-        return self._run("reduce_scatter", (part, parts), way, group, async_op, finish)
+        joined = torch.cat([item.detach().reshape(-1) for item in inputs])
+        return self._scatter(output, joined, [item.numel() for item in inputs], op, group, async_op)
+
+    def _scatter(self, output: Tensor, input: Tensor, lengths: list[int], op: Any, group: Any, async_op: bool) -> Any:
+        """Send every rank its part in the input's own dtype, reduce there: as many bytes as a ring, one rounding."""
+        size, mine = len(lengths), output.numel()
+        got = input.new_empty((size, mine))
+        tensors = (got.view(-1), input.detach().contiguous().view(-1), [mine] * size, lengths)
+
+        def finish() -> None:
+            wide = got.float() if got.dtype in _NARROW else got
+            _copy(combined(list(wide), op_name(op)).view_as(output), output)
+
+        return self._run("all_to_all_single", tensors, group, async_op, finish)
 
     def reduce(
         self,
@@ -166,7 +168,7 @@ class Reductions:
         is_root = me == (dst if group_dst is None else group_dst)
         wide = way.wide(tensor)
         finish = lambda: _copy(way.result(wide), tensor) if is_root else None  # noqa: E731
-        return self._run("reduce", (wide,), way, group, async_op, finish, **root)
+        return self._run("reduce", (wide,), group, async_op, finish, op=way.op, **root)
 
     def coalescing(self, native: Native) -> Native:
         """torch's coalescing manager, which must also wait for reductions that are not left to torch."""
@@ -198,25 +200,18 @@ class Reductions:
             return _Way(kind, op, is_native=not is_wide and not coalesced)
         if name == "AVG":
             return _Way(kind, _SUM, divisor=size)
-        if form.startswith("reduce_scatter") and self._probe.performs("all_reduce", op, group or dist.group.WORLD):
-            return _Way(kind, op, by_all_reduce=True)
+        if form.startswith("reduce_scatter") and name in OPS:
+            return _Way(kind, op)
         raise PlatformError(f"backend {dist.get_backend(group)} gives wrong results for {name} in {form}; use another backend")
 
     def _run(
-        self,
-        form: str,
-        tensors: tuple[Any, ...],
-        way: _Way,
-        group: Any,
-        async_op: bool,
-        finish: Callable[[], None],
-        **root: Any,
+        self, form: str, tensors: tuple[Any, ...], group: Any, async_op: bool, finish: Callable[[], None], **options: Any
     ) -> Any:
-        """Start the reduction on buffers and arrange for its result; torch's coalescing gets a handle instead."""
+        """Start a collective on buffers and arrange for its result; torch's coalescing gets a handle instead."""
         key = group or dist.group.WORLD
         held = self._coalesced.get(key)
         with outside_coalescing(key):
-            work = self._natives[form](*tensors, op=way.op, group=group, async_op=async_op or held is not None, **root)
+            work = self._natives[form](*tensors, group=group, async_op=async_op or held is not None, **options)
         if held is None:
             return _finished(work, async_op, finish)
         held.append(FinishingWork(work, finish))

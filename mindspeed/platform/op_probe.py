@@ -47,44 +47,42 @@ class OpProbe:
         answers = self._answers.setdefault(group, {})
         if (form, name) not in answers:
             with outside_coalescing(group):
-                answers[form, name] = self._try(form, op, name, group)
+                answers[form, name] = self._ask(form, op, name, group)
             if not answers[form, name]:
                 backend = dist.get_backend(group)
                 logger.info("%s does not perform %s in %s; it is emulated exactly", backend, name, form)
         return answers[form, name]
 
-    def _try(self, form: str, op: Any, name: str, group: Any) -> bool:
+    def _ask(self, form: str, op: Any, name: str, group: Any) -> bool:
+        """The same answer on all ranks: that nobody saw a wrong result."""
+        wrong = torch.tensor([int(not self._is_right(form, op, name, group))])
+        self._natives["all_reduce"](wrong, op=dist.ReduceOp.SUM, group=group)
+        return not wrong.item()
+
+    def _is_right(self, form: str, op: Any, name: str, group: Any) -> bool:
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         dtype = torch.int64 if name in ("BAND", "BOR", "BXOR") else torch.float32
-        mine = torch.full((size,), rank + 2, dtype=dtype)
-        right = _combined([torch.tensor(other + 2, dtype=dtype) for other in range(size)], name)
-        out = torch.empty(1, dtype=dtype)
+        out = mine = torch.full((size,), rank + 2, dtype=dtype)
         native = self._natives[form]
         try:
-            if form == "reduce_scatter_tensor":
-                native(out, mine, op=op, group=group)
-            elif form == "reduce_scatter":
-                native(out, list(mine.split(1)), op=op, group=group)
+            if form == "all_reduce":
+                native(mine, op=op, group=group)
             elif form == "reduce":
                 native(mine, group_dst=0, op=op, group=group)
-                return self._agreed(bool((mine == right).all()), group)
             else:
-                native(mine, op=op, group=group)
-                out = mine
+                out = torch.empty(1, dtype=dtype)
+                native(out, list(mine.split(1)) if form == "reduce_scatter" else mine, op=op, group=group)
         except (RuntimeError, ValueError):
             return False
-        return bool((out == right).all())
-
-    def _agreed(self, right: bool, group: Any) -> bool:
-        """What rank 0 of the group saw: only the root of a reduce has its result."""
-        verdict = torch.tensor([int(right or dist.get_rank(group) != 0)])
-        self._natives["all_reduce"](verdict, op=dist.ReduceOp.MIN, group=group)
-        return bool(verdict.item())
+        right = combined([torch.tensor(other + 2, dtype=dtype) for other in range(size)], name)
+        return bool((out == right).all()) or (form == "reduce" and rank != 0)
 
 
-def _combined(values: Sequence[Tensor], name: str) -> Tensor:
-    if name == "AVG":
-        return torch.stack(list(values)).mean(dim=0)
+def combined(values: Sequence[Tensor], name: str) -> Tensor:
+    """The reduction called `name` of equally shaped tensors, in their order."""
+    if name in ("SUM", "AVG"):
+        total = torch.stack(list(values)).sum(dim=0, dtype=values[0].dtype)
+        return total if name == "SUM" else total.div(len(values))
     return functools.reduce(_PAIRWISE[name], values)
 
 
