@@ -7,6 +7,7 @@ is first imported). A decorated test is collected here, and its body runs there;
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -49,11 +50,16 @@ class Process:
         self._connection: Connection | None = None
         self._log = tempfile.TemporaryFile()
 
-    def run(self, function: Callable[..., None], arguments: Mapping[str, Any], seconds: float) -> None:
-        """Run a module-level function there; raises RemoteFailure with the remote traceback."""
+    def run(
+        self, function: Callable[..., None], arguments: Mapping[str, Any], seconds: float, around: tuple[str, ...] = ()
+    ) -> None:
+        """Run a module-level function there; raises RemoteFailure with the remote traceback.
+
+        around: "module:context_manager" and its arguments, entered before the function.
+        """
         connection = self._started()
         logged = self._log.seek(0, os.SEEK_END)
-        connection.send((function.__code__.co_filename, function.__qualname__, dict(arguments), list(sys.path)))
+        connection.send((function.__code__.co_filename, function.__qualname__, dict(arguments), around, list(sys.path)))
         try:
             if not connection.poll(seconds):
                 self._end(signal.SIGABRT)  # faulthandler prints the stacks of all threads
@@ -66,9 +72,10 @@ class Process:
             raise RemoteFailure(f"in the {self.place.name} process:\n{failure}{self._output(logged)}")
 
     def close(self) -> None:
-        """End the process."""
+        """End the process; this object cannot be used any more."""
         if self._process is not None:
             self._end(signal.SIGKILL)
+        self._log.close()
 
     def _started(self) -> Connection:
         if self._connection is not None:
@@ -112,11 +119,12 @@ def shared_process(name: str, place: Callable[[], Place]) -> Process:
 
 def shipped(
     function: Callable[..., None], process: Callable[[], Process], unavailable: Callable[[], str | None], supplied: set[str],
-    *, seconds: float, keep: bool,
+    *, seconds: float, keep: bool = True, around: tuple[str, ...] = (),
 ) -> Callable[..., None]:  # fmt: skip
     """The test that runs `function` in `process()`; skipped for the reason that `unavailable()` gives.
 
     supplied: names of arguments that the process fills in and that pytest must not look for. keep: the process is shared.
+    around: see `Process.run`.
     """
     import pytest
 
@@ -129,7 +137,7 @@ def shipped(
             pytest.skip(reason)
         there = process()
         try:
-            there.run(function, arguments, seconds)
+            there.run(function, arguments, seconds, around)
         finally:
             if not keep:
                 there.close()
@@ -144,24 +152,31 @@ def shipped(
 def serve(connection_number: int, setup: str, arguments: tuple[str, ...]) -> None:
     """Body of the process: set up, then answer requests until the other end closes."""
     connection = Connection(connection_number)
-    module, _, name = setup.partition(":")
-    supplied: Mapping[str, Any] = getattr(importlib.import_module(module), name)(*arguments)
+    supplied: Mapping[str, Any] = _named(setup)(*arguments)
     while True:
         try:
-            path, function, given, search = connection.recv()
+            path, function, given, around, search = connection.recv()
         except EOFError:
             return
         sys.path.extend(entry for entry in search if entry not in sys.path)
-        connection.send(_failure_of(path, function, given, supplied))
+        connection.send(_failure_of(path, function, given, around, supplied))
 
 
-def _failure_of(path: str, name: str, given: Mapping[str, Any], supplied: Mapping[str, Any]) -> str | None:
+def _named(text: str) -> Callable[..., Any]:
+    module, _, name = text.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _failure_of(
+    path: str, name: str, given: Mapping[str, Any], around: tuple[str, ...], supplied: Mapping[str, Any]
+) -> str | None:
     try:
         function = inspect.unwrap(getattr(_module(path), name))
         wanted = inspect.signature(function).parameters
         for value in supplied.values():
             value.reset()
-        function(**given, **{key: value for key, value in supplied.items() if key in wanted})
+        with _named(around[0])(*around[1:]) if around else contextlib.nullcontext():
+            function(**given, **{key: value for key, value in supplied.items() if key in wanted})
     except Exception as error:
         return "".join(traceback.format_exception(error)) + _values(error, path)
     return None
