@@ -43,14 +43,17 @@ def features(
 
 
 @app.command(context_settings=_ALL_ARGUMENTS)
-def explain(context: typer.Context) -> None:
+def explain(
+    context: typer.Context,
+    repairs: bool = typer.Option(False, "--repairs", help="List platform and host repairs as well."),
+) -> None:
     """Say what a training command line switches on, what gets patched and why, and what is refused.
 
     Write the training flags behind two dashes: mindspeed explain -- --num-layers 8 --noop-layers 0,7
     """
     from mindspeed.cli.explain import run
 
-    raise typer.Exit(run(context.args))
+    raise typer.Exit(run(context.args, repairs))
 
 
 @app.command(context_settings={**_ALL_ARGUMENTS, "help_option_names": []})
