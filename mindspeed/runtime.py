@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,6 @@ class Runtime:
 
     Attributes:
         host: the program that trains.
-        features: all features that could be on.
         active: those that are, with their flags and reasons.
         settings: what configs carry as `config.mindspeed`; None when no feature is on.
         ledger: every change in force.
@@ -44,11 +44,23 @@ class Runtime:
         from mindspeed.patching.ledger import Ledger
 
         self.host = host
-        self.features = tuple(all_features() if features is None else features)
+        self._features = tuple(all_features() if features is None else features)
         self.active: tuple[Active, ...] = ()
         self.settings: Settings | None = None
         self.ledger: Ledger = Ledger()
+        self._older: list[tuple[Any, Feature]] = []
         self._rows: tuple[Row, ...] = ()  # made by the present activation; the others are the ground
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        """All features that could be on, those of the older form included that other projects listed."""
+        manager = sys.modules.get("mindspeed.features_manager.features_manager")
+        older = manager.MindSpeedFeaturesManager.FEATURES_LIST if manager is not None else []
+        if [one for one, _ in self._older] != older:
+            from mindspeed.features_manager.adapter import adapted
+
+            self._older = list(zip(older, adapted(older), strict=True))
+        return (*self._features, *(feature for _, feature in self._older))
 
     @property
     def platform(self) -> Platform:

@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from mindspeed.features_manager.feature import MindSpeedFeature
 from mindspeed.patch_utils import MindSpeedPatchesManager
-from mindspeed.patching.patch import Patch
 
 
 class MindSpeedFeaturesManager:
@@ -49,15 +48,6 @@ class MindSpeedFeaturesManager:
     def active(cls, args: argparse.Namespace) -> list[MindSpeedFeature]:
         """Features that the arguments switch on."""
         return [feature for feature in cls.FEATURES_LIST if feature.is_need_apply(args)]
-
-    @classmethod
-    def patches(cls, args: argparse.Namespace) -> list[Patch]:
-        """What the features that are on want to change, owned by their class names."""
-        for register in ("pre_register_patches", "register_patches"):
-            for feature in cls.active(args):
-                with MindSpeedPatchesManager.registering_for(type(feature).__name__):
-                    getattr(feature, register)(MindSpeedPatchesManager, args)
-        return MindSpeedPatchesManager.take()
 
     @classmethod
     def apply_features_patches(cls, args: argparse.Namespace) -> None:

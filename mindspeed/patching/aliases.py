@@ -17,7 +17,8 @@ from mindspeed.patching.resolve import MISSING
 
 # Libraries that must keep the truth about themselves, or that cannot hold references to a host.
 _LEFT_ALONE = frozenset(
-    "torch torch_npu torchgen functorch numpy sympy mpmath networkx jinja2 fsspec triton setuptools pkg_resources pip".split()
+    "torch torch_npu torchgen functorch numpy sympy mpmath networkx jinja2 fsspec triton setuptools pkg_resources pip "
+    "pytest _pytest pluggy hypothesis pygments rich tensorboard google grpc matplotlib PIL IPython".split()
 )
 # Of our own modules only those that speak to a host by imported names take part.
 _OUR_SPEAKERS = ("mindspeed.training", "mindspeed.host")

@@ -35,7 +35,7 @@ def wrapped(found: Resolved, advice: Callable[..., Any], row: Counter) -> Any:
 
         def classmethod_body(cls: type, *args: Any, **kwargs: Any) -> Any:
             row.calls = (row.calls or 0) + 1
-            return advice(inner.__get__(None, cls), *args, **kwargs)
+            return advice(types.MethodType(inner, cls), *args, **kwargs)
 
         return classmethod(_dressed(classmethod_body, inner, found))
     original = _original_callable(found)

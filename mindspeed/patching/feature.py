@@ -67,6 +67,11 @@ class RunShape:
         return getattr(self._args, name, default)
 
     @property
+    def namespace(self) -> argparse.Namespace:
+        """The arguments themselves, for code that takes a namespace; nobody changes them."""
+        return self._args
+
+    @property
     def world_size(self) -> int:
         """Number of ranks in the job."""
         return int(self.get("world_size") or 1)
@@ -106,6 +111,9 @@ class Feature:
     def specs(self) -> tuple[FlagSpec, ...]:
         """This feature's own flags."""
         return flag_specs(self.flags)
+
+    def register_args(self, parser: argparse.ArgumentParser) -> None:
+        """Hook for features that cannot declare their flags as a dataclass (those of the older form)."""
 
     def why(self, flags: Any, run: RunShape) -> str:
         """The flag (with value) that turns this feature on, or an empty string when it is off.

@@ -60,6 +60,7 @@ def add_flags(parser: argparse.ArgumentParser, features: Iterable[Feature]) -> a
     _add_group(parser, "mindspeed", "Acceleration features.", engine, problems)
     for feature in features:
         _add_group(parser, f"mindspeed: {feature.name}", feature.summary, feature.specs, problems)
+        feature.register_args(parser)
     if problems:
         raise ConfigError(problems)
     known = parser._option_string_actions

@@ -18,7 +18,7 @@ from mindspeed.errors import ConflictError, TargetError
 from mindspeed.patching import fingerprints
 from mindspeed.patching.aliases import Place, can_have_aliases, default_places, find
 from mindspeed.patching.callables import functions_with, original_of, replaced, wrapped
-from mindspeed.patching.conflicts import in_order, problems_between, without_superseded
+from mindspeed.patching.conflicts import in_order, is_layer, problems_between, who, without_superseded
 from mindspeed.patching.ledger import LOCK, Edit, Ledger, Row
 from mindspeed.patching.patch import Operation, Patch
 from mindspeed.patching.resolve import MISSING, Resolved, plain, resolve
@@ -131,15 +131,18 @@ def _without_repeats(patches: Iterable[Patch], rows: Iterable[Row]) -> list[Patc
 
 
 def _same(patch: Patch, other: Patch) -> bool:
-    return (patch.owner, patch.operation, patch.target) == (other.owner, other.operation, other.target) and (
-        patch.value is other.value or (patch.operation is Operation.REWRITE and patch.value == other.value)
-    )
+    same = (patch.owner, patch.operation) == (other.owner, other.operation) and _same_text(patch.target, other.target)
+    return same and (patch.value is other.value or (patch.operation is Operation.REWRITE and patch.value == other.value))
+
+
+def _same_text(first: str, second: str) -> bool:
+    return first.replace(":", ".") == second.replace(":", ".")
 
 
 def _in_force(patch: Patch, rows: Iterable[Row]) -> bool:
-    target = patch.target.replace(":", ".")
     return any(
-        (row.owner, row.operation, row.target.replace(":", ".")) == (patch.owner, patch.operation.value, target)
+        (row.owner, row.operation) == (patch.owner, patch.operation.value)
+        and _same_text(row.target, patch.target)
         and (row.advice is patch.value or (patch.operation is Operation.REWRITE and row.advice == patch.value))
         for row in rows
     )
@@ -155,7 +158,9 @@ def _resolved(patches: Iterable[Patch], rows: Iterable[Row], installed: Mapping[
             _verify(patch, found)
             steps.append(Step(patch, found))
         except TargetError as error:
-            lines.append(f"{_who(patch)} cannot {patch.operation.value} {patch.target}: {error}")
+            before = {who(row) for row in rows if _same_text(row.target, patch.target)}
+            claimed = f"; it was changed before by {', '.join(sorted(before))}" if before else ""
+            lines.append(f"{_who(patch)} cannot {patch.operation.value} {patch.target}: {error}{claimed}")
     if lines:
         found_versions = ", ".join(f"{name} {version}" for name, version in (installed or host_versions()).items())
         supported = ", ".join(f"{name} {version}" for name, version in SUPPORTED.items())
@@ -165,8 +170,7 @@ def _resolved(patches: Iterable[Patch], rows: Iterable[Row], installed: Mapping[
 
 
 def _who(patch: Patch) -> str:
-    owner = f"feature {patch.owner!r}" if "." not in patch.owner else patch.owner
-    return f"{owner} ({patch.flag})" if patch.flag else owner
+    return who(patch) if is_layer(patch.owner) else f"feature {who(patch)}"
 
 
 def _verify(patch: Patch, found: Resolved) -> None:
@@ -174,6 +178,9 @@ def _verify(patch: Patch, found: Resolved) -> None:
     if patch.operation is Operation.ADD:
         if found.kind != "missing":
             raise TargetError(f"{found.target} exists already ({found.value!r})")
+    elif found.attribute == "__new__" and found.value is object.__new__:
+        # Python does not forget that a class once had a __new__: deleting ours would break the constructor.
+        raise TargetError(f"{found.target} does not exist ({found.target.rpartition('.')[0]} inherits object's); use __init__")
     elif patch.operation is Operation.WRAP:
         if found.kind == "class":
             raise TargetError(f"{found.target} is a class; wrap its __init__, __new__ or another method instead")
