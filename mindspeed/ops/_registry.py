@@ -43,9 +43,11 @@ FAMILIES = (
     "groupmatmul_add",
     "layer_norm",
     "matmul_add",
+    "moe_token_permute",
     "rms_norm",
     "rotary",
     "scaled_masked_softmax",
+    "sort_chunks",
     "swiglu",
 )
 """What `MINDSPEED_OPS` may name: a family is one operator with its backward and its variants."""

@@ -196,7 +196,7 @@ def test_body_on_grouped_mm_agrees_with_the_reference(sizes, transposed):
         (x, weight, None, torch.tensor(sizes), 0, 1),
         (x.t(), dy, None, ends(sizes), 2, 0),
     ):
-        torch.testing.assert_close(module._grouped_mm(*arguments), module._reference(*arguments))
+        torch.testing.assert_close(module._grouped_mm(*arguments), module._reference(*arguments), rtol=0.02, atol=0.02)
     arguments = (dy, x, weight, ends(sizes), 0, True, True, False)
     for value, expected in zip(module._grouped_mm_backward(*arguments), module._reference_backward(*arguments), strict=True):
         torch.testing.assert_close(value, expected)
