@@ -1,0 +1,125 @@
+"""Commands as a person meets them: what is on, what is refused, what to do next."""
+
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from mindspeed.cli import app, doctor, explain, features
+from mindspeed.cli.messages import show_error
+from mindspeed.errors import CheckpointError, ConfigError, Problem
+
+
+@pytest.fixture
+def console():
+    return Console(width=160, record=True, file=open("/dev/null", "w"))
+
+
+def text_of(run, console, *args):
+    code = run(*args, console=console)
+    return code, console.export_text()
+
+
+def test_help_names_every_command():
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    for command in ("doctor", "features", "explain", "preprocess", "pretrain", "quickstart"):
+        assert command in result.output
+
+
+def test_doctor_finds_what_is_here(console):
+    code, text = text_of(doctor.run, console)
+    assert code == 0 and "Ready" in text
+    for topic in ("torch", "megatron-core", "platform", "cpu, collectives over gloo"):
+        assert topic in text
+
+
+def test_doctor_refuses_a_platform_that_is_absent():
+    command = [sys.executable, "-m", "mindspeed", "doctor"]
+    result = subprocess.run(
+        command,
+        env={"MINDSPEED_PLATFORM": "npu", "PATH": "/usr/bin", "COLUMNS": "160"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 1
+    assert "MINDSPEED_PLATFORM=npu" in result.stdout and "torch" in result.stdout and "Not ready" in result.stdout
+
+
+def test_features_are_listed_with_their_flags(console):
+    code, text = text_of(features.run, console)
+    assert code == 0 and "noop-layers" in text and "--noop-layers" in text
+
+
+def test_one_feature_in_full(console):
+    code, text = text_of(features.run, console, "--noop-layers")
+    assert code == 0 and "Leave chosen layer slots empty" in text and "0-based" in text
+
+
+def test_unknown_features_are_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match="noop-layers"):
+        features.run("noop-layer")
+
+
+def test_explain_shows_what_is_on_and_why(console):
+    code, text = text_of(explain.run, console, ["--", "--num-layers", "8", "--noop-layers", "0,7"], False)
+    assert code == 0
+    assert "noop-layers" in text and "TransformerBlock._build_layers" in text and "builds nothing in an empty slot" in text
+    assert "refused" not in text and "repair.norms" in text
+
+
+def test_explain_lists_repairs_with_reasons(console):
+    code, text = text_of(explain.run, console, ["--num-layers", "8"], True)
+    assert code == 0 and "Always: platform and repairs" in text and "WrappedTorchNorm" in text
+
+
+def test_explain_shows_what_is_refused_and_how_to_mend_it(console):
+    code, text = text_of(explain.run, console, ["--num-layers", "8", "--noop-layers", "0,9"])
+    assert code == 2
+    assert "refused" in text and "position 9 is outside --num-layers 8" in text and "use positions 0 to 7" in text
+
+
+def test_level_0_switches_features_off_and_says_so(console):
+    code, text = text_of(explain.run, console, ["--num-layers", "8", "--optimization-level", "0"])
+    assert code == 0 and "noop-layers" not in text
+    console.clear()
+    code, text = text_of(explain.run, console, ["--num-layers", "8", "--optimization-level", "0", "--noop-layers", "0"])
+    assert code == 2 and "needs --optimization-level 2 (given 0)" in text
+
+
+def test_explain_sets_flags_of_megatron_lm_aside(console):
+    code, text = text_of(explain.run, console, ["--num-layers", "8", "--wandb-project", "x", "--noop-layers", "1"])
+    assert code == 0 and "not examined: --wandb-project" in text
+
+
+def test_explain_suggests_near_flags(console):
+    code, text = text_of(explain.run, console, ["--num-layer", "8"])
+    assert code == 2 and "--num-layers" in text
+
+
+def test_explain_leaves_nothing_behind(console):
+    import torch
+
+    before = torch.cuda.current_device
+    explain.run(["--num-layers", "8", "--noop-layers", "1"], console=console)
+    assert torch.cuda.current_device is before
+
+
+def test_errors_are_shown_as_a_table_or_a_panel(console):
+    show_error(
+        ConfigError([Problem("--a", 3, "must be even", "use 2 or 4"), Problem("--b", True, "is unknown", "remove it")]), console
+    )
+    show_error(CheckpointError("iter_0000007/x.pt is damaged"), console)
+    text = console.export_text()
+    assert "2 problem(s)" in text and "--a 3" in text and "use 2 or 4" in text
+    assert "checkpoint error" in text and "is damaged" in text
+
+
+def test_generated_table_links_every_feature():
+    from mindspeed.patching.discovery import all_features
+
+    table = features.markdown_table(all_features())
+    assert all(f"[{feature.name}](features/{feature.name}.md)" in table for feature in all_features())
