@@ -18,6 +18,7 @@ Do not write the tracker: `Save` does, last. For asynchronous saves see `Save.be
 For a host with path functions of its own: while a save is under way, wrap its checkpoint-name function with
 `save.redirect`, skip or redirect its tracker write, and leave the rest as it is; while loading, map
 `<load>/iter_%07d` to `found.directory`. `--ckpt-trusted-load off`: wrap `torch:load` with `restricted_load`.
+A checkpoint saved by other means gets its manifest by `add_manifest`.
 """
 
 from mindspeed.checkpoint.compare import check_fits, optimizer_problems, shape_problems
@@ -25,9 +26,9 @@ from mindspeed.checkpoint.find import Found, find_checkpoint, read_tracker
 from mindspeed.checkpoint.lock import SaveLock
 from mindspeed.checkpoint.manifest import MODES, FileEntry, Manifest, read_manifest, verify
 from mindspeed.checkpoint.recovery import recover
-from mindspeed.checkpoint.restricted import load_restricted, restricted_load
+from mindspeed.checkpoint.restricted import load_restricted, restricted_load, restricted_metadata
 from mindspeed.checkpoint.team import SOLO, Team
-from mindspeed.checkpoint.transaction import Save, seal
+from mindspeed.checkpoint.transaction import Save, add_manifest, seal
 
 __all__ = [
     "MODES",
@@ -38,6 +39,7 @@ __all__ = [
     "Save",
     "SaveLock",
     "Team",
+    "add_manifest",
     "check_fits",
     "find_checkpoint",
     "load_restricted",
@@ -46,6 +48,7 @@ __all__ = [
     "read_tracker",
     "recover",
     "restricted_load",
+    "restricted_metadata",
     "seal",
     "shape_problems",
     "verify",

@@ -33,6 +33,14 @@ _SHAPE = (
     "kv_lora_rank",
     "mtp_num_layers",
 )
+# Compared only where the run uses what they describe: their defaults differ between versions.
+_ONLY_WITH = {
+    "num_query_groups": "group_query_attention",
+    "moe_ffn_hidden_size": "num_experts",
+    "moe_shared_expert_intermediate_size": "num_experts",
+    "q_lora_rank": "multi_latent_attention",
+    "kv_lora_rank": "multi_latent_attention",
+}
 # In the `torch` format each file holds one rank's part, so the layout must agree as well.
 _LAYOUT = (
     "tensor_model_parallel_size",
@@ -59,6 +67,8 @@ def shape_problems(saved: Mapping[str, Any], run: Mapping[str, Any], *, format: 
     for name in names:
         old, new = saved.get(name, _ABSENT), run.get(name, _ABSENT)
         if old is _ABSENT or new is _ABSENT or old == new:
+            continue
+        if name in _ONLY_WITH and not run.get(_ONLY_WITH[name]):
             continue
         if name == _POSITIONS and saved.get("position_embedding_type", "learned_absolute") != "learned_absolute":
             continue

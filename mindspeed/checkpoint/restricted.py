@@ -14,6 +14,7 @@ import dataclasses
 import enum
 import importlib
 import io
+import os
 import pickle
 import sys
 import types
@@ -174,3 +175,10 @@ def restricted_load(original: Callable[..., Any], *args: Any, **options: Any) ->
     if options.get("weights_only") is False and options.get("pickle_module") is None:
         options["pickle_module"] = restricted_pickle
     return original(*args, **options)
+
+
+def restricted_metadata(original: Callable[..., Any], reader: Any, *args: Any, **options: Any) -> Any:
+    """Advice around `FileSystemReader.read_metadata`, which unpickles the `.metadata` of a distributed checkpoint."""
+    with open(os.path.join(reader.path, ".metadata"), "rb") as stream:
+        RestrictedUnpickler(stream).load()
+    return original(reader, *args, **options)

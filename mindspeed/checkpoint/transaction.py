@@ -31,6 +31,7 @@ from mindspeed.checkpoint.errors import is_write_failure, save_error
 from mindspeed.checkpoint.files import files_below, fsync_directory, remove_tree, write_durably
 from mindspeed.checkpoint.manifest import NAME, FileEntry, Manifest, entries_of, share, writer_of
 from mindspeed.checkpoint.recovery import put_in_place, recover, take_back
+from mindspeed.checkpoint.structure import structural_problems
 from mindspeed.checkpoint.team import SOLO, Team
 from mindspeed.errors import CheckpointError
 
@@ -210,6 +211,37 @@ class Save:
             raise mine from error
         rank, text = next((rank, text) for rank, text in enumerate(reports) if text)
         raise CheckpointError(f"rank {rank}: {text}")
+
+
+def add_manifest(
+    directory: str | os.PathLike[str],
+    iteration: int,
+    *,
+    team: Team = SOLO,
+    format: str = "torch",
+    world: Mapping[str, int] | None = None,
+) -> bool:
+    """Give a finished checkpoint that was saved without `Save` a manifest; False if it has one. Collective.
+
+    From now on damage to it is found; whether the save itself was whole, the structure alone could tell.
+
+    Raises:
+        CheckpointError: it is not whole, or the manifest cannot be written; on every rank.
+    """
+    place = Path(directory)
+    if any(team.gather((place / NAME).exists())):
+        return False
+    entries: dict[str, FileEntry] = {}
+    for part in team.together(lambda: entries_of(place, share(files_below(place), team.rank, team.size), durable=True)):
+        entries.update(part)
+
+    def publish() -> None:
+        if problems := structural_problems(place):
+            raise CheckpointError(f"checkpoint {place} was not saved whole: {'; '.join(problems)}")
+        write_durably(place / NAME, Manifest(iteration, format, dict(world or {}), entries).to_bytes())
+
+    team.together(lambda: publish() if team.leads else None)
+    return True
 
 
 def seal(staged: str | os.PathLike[str], rank: int) -> None:

@@ -57,6 +57,13 @@ def test_names_of_other_versions_are_not_compared():
     assert flags(shape_problems({"num_layers": 6, "something_old": 1}, {**RUN, "something_new": 2})) == []
 
 
+def test_sizes_of_what_is_not_used_are_not_compared():
+    saved = {**RUN, "num_query_groups": 1, "q_lora_rank": 8}
+    unused = {**RUN, "num_query_groups": 2, "q_lora_rank": 16, "group_query_attention": False}
+    assert flags(shape_problems(saved, unused)) == []
+    assert flags(shape_problems(saved, {**unused, "group_query_attention": True})) == [("--num-query-groups", 2)]
+
+
 @pytest.mark.parametrize(("was", "now", "word"), [(True, False, "with"), (False, True, "without")])
 def test_optimizer_kind(was, now, word):
     (problem,) = optimizer_problems({**RUN, "use_distributed_optimizer": was}, {**RUN, "use_distributed_optimizer": now})

@@ -76,6 +76,8 @@ def assert_whole(root: Path, format: str, scenario: str) -> int | None:
     assert state["iteration"] == found.iteration
     contents = {fingerprint(state_of(it, 0, salt)) for it, salt in possible if it == found.iteration}
     assert fingerprint(state) in contents
+    # The tracker never names what is not there; before its first writing it is merely absent.
+    assert found.warning == "" or (scenario == "first" and "is missing" in found.warning)
     # Nothing older than what the tracker named before may come back.
     assert found.iteration >= max((it for it, _ in saves_before(scenario)), default=0)
     return found.iteration
