@@ -87,7 +87,7 @@ def _add_group(
         elif there.choices is not None and spec.choices is not None:
             there.choices = [*there.choices, *(choice for choice in spec.choices if choice not in there.choices)]
     if new:
-        group = parser.add_argument_group(title, summary.replace("%", "%%"))
+        group = parser.add_argument_group(title, summary)  # not %-formatted, unlike help
         for spec in new:
             # A second spelling that the program uses for something else stays the program's.
             free = tuple(alias for alias in spec.aliases if alias not in parser._option_string_actions)
