@@ -334,9 +334,16 @@ def shut_down() -> None:
         session.lock.release()
     num_microbatches_calculator.destroy_num_microbatches_calculator()
     rerun_state_machine.destroy_rerun_state_machine()
-    parallel_state.destroy_model_parallel()
+    _forget_groups(parallel_state)
     session.events.fire("groups_destroyed")
     if session.notes.get("owns_process_group") and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     sessions.end()
     revert(force=True)
+
+
+def _forget_groups(parallel_state: Any) -> None:
+    """Destroy megatron-core's groups with the lists of ranks that its own function leaves behind."""
+    parallel_state.destroy_model_parallel()
+    for name in [name for name in vars(parallel_state) if name.endswith("_GLOBAL_RANKS")]:
+        setattr(parallel_state, name, None)  # a rank outside the next job's group would take itself for a member
