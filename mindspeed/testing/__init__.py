@@ -6,6 +6,7 @@ from mindspeed.testing.events import EventLog
 from mindspeed.testing.flops import count_flops
 from mindspeed.testing.memory import LiveMemory, saved_bytes
 from mindspeed.testing.multirank import ranks
+from mindspeed.testing.parity import assert_same_training, train
 from mindspeed.testing.sleeping import SleepingStage, delayed_links
 from mindspeed.testing.world import World
 
@@ -15,10 +16,12 @@ __all__ = [
     "SleepingStage",
     "World",
     "assert_as_accurate",
+    "assert_same_training",
     "count_communication",
     "count_flops",
     "delayed_links",
     "ranks",
     "saved_bytes",
+    "train",
     "with_grads",
 ]

@@ -41,6 +41,7 @@ def ranks(size: int, *, megatron: bool = False, timeout: float = 120.0) -> Calla
 
         @functools.wraps(body)
         def on_all_ranks(*args: Any, **kwargs: Any) -> None:
+            __tracebackhide__ = True
             values = args[names.index("world") :]  # a test method's instance is made anew on each rank
             try:
                 pools().get(size, megatron=megatron).run(on_all_ranks, *values, timeout=timeout, **kwargs)

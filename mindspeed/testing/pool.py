@@ -64,7 +64,7 @@ class Zygote:
             [sys.executable, "-m", "mindspeed.testing.zygote", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
         theirs.close()
 
@@ -112,6 +112,7 @@ class Pool:
             RankFailure: a rank raised, ended, or did not finish in time.
             RankSkip: every rank asked to be skipped.
         """
+        __tracebackhide__ = True
         self._start()
         self._tasks += 1
         shared = self._directory / f"shared{self._tasks}"
@@ -186,6 +187,7 @@ class Pool:
             return Outcome(failed=True, summary="the process ended", trace=self._stacks(rank) or "It left no Python stack.\n")
 
     def _raise_failures(self, outcomes: list[Outcome | None], timeout: float) -> None:
+        __tracebackhide__ = True
         failed = {rank: outcome for rank, outcome in enumerate(outcomes) if outcome is not None and outcome.failed}
         unfinished = [rank for rank, outcome in enumerate(outcomes) if outcome is None]
         if not failed and not unfinished:
@@ -242,15 +244,14 @@ class Pools:
     """All pools of this process; they share one zygote."""
 
     def __init__(self) -> None:
-        self._zygote: Zygote | None = None
+        self._zygotes: dict[str, Zygote] = {}
         self._pools: dict[int, Pool] = {}
 
-    @property
-    def zygote(self) -> Zygote:
-        """The common ancestor of all ranks, started when first needed."""
-        if self._zygote is None:
-            self._zygote = Zygote()
-        return self._zygote
+    def zygote_for(self, purpose: str = "") -> Zygote:
+        """A common ancestor of ranks, started when first needed; what it imported for one purpose stays out of others."""
+        if purpose not in self._zygotes:
+            self._zygotes[purpose] = Zygote()
+        return self._zygotes[purpose]
 
     def get(self, size: int, *, megatron: bool = False) -> Pool:
         """The pool of `size` ranks; `megatron` has megatron-core imported before the ranks are forked."""
@@ -259,7 +260,7 @@ class Pools:
             pool.close()
             pool = None
         if pool is None:
-            pool = self._pools[size] = Pool(self.zygote, size, TORCH_MODULES + MEGATRON_MODULES * megatron)
+            pool = self._pools[size] = Pool(self.zygote_for(), size, TORCH_MODULES + MEGATRON_MODULES * megatron)
         return pool
 
     def close(self) -> None:
@@ -267,9 +268,9 @@ class Pools:
         for pool in self._pools.values():
             pool.close()
         self._pools.clear()
-        if self._zygote is not None:
-            self._zygote.close()
-            self._zygote = None
+        for zygote in self._zygotes.values():
+            zygote.close()
+        self._zygotes.clear()
 
 
 @functools.cache

@@ -205,7 +205,7 @@ def _alive(pid):
 
 
 def test_a_closed_pool_leaves_no_process():
-    pool = Pool(pools().zygote, 2)
+    pool = Pool(pools().zygote_for(), 2)
     pids = [pid for _, _, pid in pool.run(rank_and_draw)]
     pool.close()
     time.sleep(0.2)
