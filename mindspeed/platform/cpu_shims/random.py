@@ -24,6 +24,7 @@ _HOST_DRAWS = (
     "_SingleProcessDataLoaderIter.__init__",
     "_MultiProcessingDataLoaderIter.__init__",
     "_BaseDataLoaderIter._reset",
+    "_MultiProcessingDataLoaderIter._reset",
     "_BaseDataLoaderIter.__next__",
 )
 
