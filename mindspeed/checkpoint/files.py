@@ -50,26 +50,22 @@ def replace_durably(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def checksums(path: Path) -> tuple[int, list[str]]:
-    """Size of a file and the CRC-32 (8 hex digits) of each `CHUNK` bytes of it."""
+def chunk_checksum(path: Path, index: int) -> str:
+    """CRC-32, as 8 hex digits, of the bytes from `index * CHUNK` to the next border or the end."""
     buffer = bytearray(_BUFFER)
     view = memoryview(buffer)
-    size, crc, sums = 0, 0, []
+    crc, left = 0, CHUNK
     with open(path, "rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            # A read may end anywhere, so a piece can straddle two chunks.
-            start = 0
-            while start < count:
-                stop = min(count, start + CHUNK - size % CHUNK)
-                crc = zlib.crc32(view[start:stop], crc)
-                size += stop - start
-                start = stop
-                if size % CHUNK == 0:
-                    sums.append(f"{crc:08x}")
-                    crc = 0
-    if size % CHUNK:
-        sums.append(f"{crc:08x}")
-    return size, sums
+        stream.seek(index * CHUNK)
+        while left and (count := stream.readinto(view[: min(left, _BUFFER)])):
+            crc = zlib.crc32(view[:count], crc)
+            left -= count
+    return f"{crc:08x}"
+
+
+def chunk_count(size: int) -> int:
+    """Number of checksums of a file."""
+    return -(-size // CHUNK)
 
 
 def files_below(directory: Path) -> list[str]:

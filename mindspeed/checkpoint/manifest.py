@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mindspeed.checkpoint.files import CHUNK, checksums, files_below, fsync_file
+from mindspeed.checkpoint.files import CHUNK, chunk_checksum, chunk_count, files_below, fsync_file
 from mindspeed.checkpoint.structure import structural_problems
 from mindspeed.errors import CheckpointError
 
@@ -124,21 +124,25 @@ def share(names: Iterable[str], rank: int, size: int, declared: Mapping[str, int
 def entries_of(
     directory: Path, names: Iterable[str], *, declared: Mapping[str, int] | None = None, durable: bool = False
 ) -> dict[str, FileEntry]:
-    """Measure files, several at a time (CRC-32 and file reads run outside the interpreter lock); optionally fsync them."""
+    """Measure files, several chunks at a time (file reads and CRC-32 run outside the interpreter lock); optionally fsync."""
 
-    def measure(name: str) -> tuple[str, FileEntry]:
-        path = directory / name
-        if durable:
-            fsync_file(path)
-        size, sums = checksums(path)
-        return name, FileEntry(size, tuple(sums), writer_of(name, declared))
+    def make_durable() -> None:
+        for name in names if durable else ():
+            fsync_file(directory / name)
 
     names = list(names)
-    workers = min(8, os.cpu_count() or 1, len(names))
-    if workers <= 1:
-        return dict(map(measure, names))
-    with ThreadPoolExecutor(workers) as pool:
-        return dict(pool.map(measure, names))
+    # The disk works while the checksums are taken from memory, so the slower of the two is all that is waited for.
+    with ThreadPoolExecutor(1) as background, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        written = background.submit(make_durable)
+        sizes = {name: (directory / name).stat().st_size for name in names}
+        chunks = [(name, index) for name, size in sizes.items() for index in range(chunk_count(size))]
+        sums: dict[str, list[str]] = {name: [] for name in names}
+        for (name, _), crc in zip(
+            chunks, pool.map(lambda chunk: chunk_checksum(directory / chunk[0], chunk[1]), chunks), strict=True
+        ):
+            sums[name].append(crc)
+        written.result()
+    return {name: FileEntry(sizes[name], tuple(sums[name]), writer_of(name, declared)) for name in names}
 
 
 def differences(directory: Path, manifest: Manifest, mode: str, *, rank: int = 0, size: int = 1) -> list[str]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mindspeed.checkpoint import find_checkpoint, read_manifest, verify
-from mindspeed.checkpoint.files import CHUNK, checksums, files_below
-from mindspeed.checkpoint.manifest import NAME
+from mindspeed.checkpoint.files import CHUNK, files_below
+from mindspeed.checkpoint.manifest import NAME, entries_of
 from mindspeed.errors import CheckpointError
 from tests.checkpoint._toy import WORLD, run_save
 
@@ -124,10 +124,10 @@ def test_unreadable_file(checkpoint, monkeypatch):
     """Permissions do not stop an administrator, so the failure is injected."""
     import mindspeed.checkpoint.manifest as manifest
 
-    def fails(path):
+    def fails(path, index):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(manifest, "checksums", fails)
+    monkeypatch.setattr(manifest, "chunk_checksum", fails)
     refused(checkpoint, "Permission denied", "errno 13")
 
 
@@ -137,8 +137,9 @@ def test_checksums_at_chunk_borders(tmp_path, size):
 
     content = random.Random(size).randbytes(size)
     (tmp_path / "f").write_bytes(content)
-    expected = [f"{zlib.crc32(content[start : start + CHUNK]):08x}" for start in range(0, size, CHUNK)]
-    assert checksums(tmp_path / "f") == (size, expected)
+    expected = tuple(f"{zlib.crc32(content[start : start + CHUNK]):08x}" for start in range(0, size, CHUNK))
+    entry = entries_of(tmp_path, ["f"])["f"]
+    assert (entry.size, entry.sums) == (size, expected)
 
 
 def test_damage_is_located(tmp_path):
