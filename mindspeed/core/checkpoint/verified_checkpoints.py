@@ -71,6 +71,7 @@ class VerifiedCheckpoints(Feature):
 
     level = 0
     flags = CheckpointFlags
+    page = "checkpoints"
 
     def patches(self, flags: CheckpointFlags, host: Host) -> Iterator[Patch]:
         """With `--ckpt-trusted-load off`, both places where checkpoint code unpickles."""
