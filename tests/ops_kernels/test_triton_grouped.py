@@ -35,7 +35,7 @@ def test_gmm(dtype, ends, transposed):
     assert_operator_accurate(
         lambda x, w, b: npu_gmm(x, w, bias=b, group_list=groups),
         lambda x, w, b: torch.cat(
-            [x[start:end] @ w[g] + b[g].to(x.dtype) for g, (start, end) in enumerate(zip([0, *ends], ends))]
+            [x[start:end] @ w[g] + b[g].to(x.dtype) for g, (start, end) in enumerate(zip([0, *ends], ends, strict=False))]
             + [x[ends[-1] :, :9] * 0]
         ),
         normal(15, 21, dtype=dtype),

@@ -1,0 +1,78 @@
+"""Grouped matrix multiplication through `npu_grouped_matmul`, which has no derivative of its own."""
+
+# M rows, G groups, K inner size, N output size
+
+from __future__ import annotations
+
+import torch
+import torch_npu
+from torch import Tensor
+
+from mindspeed.ops._groups import ends_of
+from mindspeed.ops._registry import register_kernel
+
+ROWS, INNER = 0, 2
+"""What a group list divides: the rows of x, or the axis that is summed over."""
+
+
+def _declines(x: Tensor, group_list: Tensor, *sizes: int) -> str | None:
+    if x.dtype == torch.float64:
+        return "npu_grouped_matmul has no float64"
+    if max(sizes) >= 65536 or not 0 < group_list.numel() <= 1024:
+        return f"inner sizes {sizes} or {group_list.numel()} groups are beyond the limits of npu_grouped_matmul"
+    return None
+
+
+def _product(x: Tensor, weight: Tensor, group_list: Tensor, divides: int, list_type: int, bias: Tensor | None = None) -> Tensor:
+    # always a tensor: the overload for host lists returns a wrong shape for one 3-D weight
+    return torch_npu.npu_grouped_matmul(
+        [x], [weight], bias=None if bias is None else [bias], group_list=group_list, split_item=3, group_type=divides,
+        group_list_type=list_type,
+    )[0]  # fmt: skip
+
+
+def _by_rows(x: Tensor, weight: Tensor, group_list: Tensor, list_type: int, bias: Tensor | None = None) -> Tensor:
+    """`y_g = x_g @ W_g + bias_g`; the kernel does not write rows after the last group, they are set to zero."""
+    y = _product(x, weight, group_list, ROWS, list_type, bias)
+    after = torch.arange(x.shape[0], device=x.device) >= ends_of(group_list, list_type)[-1:]
+    return y.masked_fill_(after.unsqueeze(1), 0)
+
+
+@register_kernel(
+    "gmm",
+    "npu",
+    devices=("npu",),
+    declines=lambda x, weight, bias, groups, *_: _declines(x, groups, x.shape[1], weight.shape[-1]),
+)
+def gmm(x: Tensor, weight: Tensor, bias: Tensor | None, group_list: Tensor, group_type: int, group_list_type: int) -> Tensor:
+    """Forward of both group types."""
+    if group_type == INNER:
+        return _product(x, weight, group_list, INNER, group_list_type)
+    return _by_rows(x, weight, group_list, group_list_type, bias)
+
+
+@register_kernel(
+    "gmm_backward", "npu", devices=("npu",), declines=lambda dy, x, weight, groups, *_: _declines(x, groups, *weight.shape[1:])
+)
+def gmm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, group_list: Tensor, group_list_type: int,
+    need_dx: bool, need_dweight: bool, need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, weight (in its storage layout) and bias."""
+    nothing = x.new_empty(0)
+    dx = _by_rows(dy, weight.transpose(1, 2), group_list, group_list_type) if need_dx else nothing
+    dweight = nothing
+    if need_dweight and not weight.is_contiguous() and weight.transpose(1, 2).is_contiguous():
+        dweight = _product(dy.t(), x, group_list, INNER, group_list_type).transpose(1, 2)
+    elif need_dweight:
+        dweight = _product(x.t(), dy, group_list, INNER, group_list_type)
+    return dx, dweight, _group_sums(dy, group_list, group_list_type) if need_dbias else nothing
+
+
+def _group_sums(dy: Tensor, group_list: Tensor, list_type: int) -> Tensor:
+    """Sum of the rows of each group [G, N] in float32; rows after the last group go to a place that is cut off."""
+    ends = ends_of(group_list, list_type)
+    group = torch.searchsorted(ends, torch.arange(dy.shape[0], device=dy.device), right=True)
+    sums = torch.zeros(ends.shape[0] + 1, dy.shape[1], dtype=torch.float32, device=dy.device)
+    sums = sums.index_add_(0, group, dy.to(torch.float32))[:-1]
+    return sums.to(torch.float16) if dy.dtype == torch.float16 else sums.contiguous()
