@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mindspeed.errors import TargetError
 from mindspeed.host.events import Events
 from mindspeed.host.groups import ParallelGroups
+from mindspeed.host.megatron_checkpoints import CheckpointGuard
 from mindspeed.host.megatron_events import event_patches
 from mindspeed.patching.patch import Patch
 from mindspeed.patching.resolve import resolve
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 EVENT_OWNER = "host.events"
+CHECKPOINT_OWNER = "host.checkpoints"
 # Modules of megatron.training that hold the functions which logical targets name, in order of search.
 _TRAINING_MODULES = (
     "megatron.training.training",
@@ -39,8 +41,8 @@ class MegatronHost:
     def __init__(self, args: argparse.Namespace | None = None) -> None:
         self.args = args or argparse.Namespace()  # empty until the host has validated them
         self.events = Events()
-        self.pending_save: tuple[int, str] = (0, "")  # iteration and directory of the save under way
         self._groups = ParallelGroups()
+        self._checkpoints = CheckpointGuard(self)
 
     def target(self, logical: str) -> str:
         """`training:train_step` -> `megatron.training.training:train_step`; other texts stay.
@@ -73,9 +75,10 @@ class MegatronHost:
         return resolve(self.target(target)).value
 
     def event_patches(self) -> Iterator[Patch]:
-        """Patches that fire the events which somebody subscribed to, and no others."""
-        for patch in event_patches(self):
-            yield dataclasses.replace(patch, owner=EVENT_OWNER, target=self.target(patch.target))
+        """Patches that fire the events which somebody subscribed to, and those that keep checkpoints whole."""
+        for owner, patches in ((EVENT_OWNER, event_patches(self)), (CHECKPOINT_OWNER, self._checkpoints.patches())):
+            for patch in patches:
+                yield dataclasses.replace(patch, owner=owner, target=self.target(patch.target))
 
 
 def _defines(module: str, name: str) -> bool:

@@ -1,4 +1,7 @@
-"""How each event of `mindspeed.host.events` is fired from Megatron-LM: one patch per event, made on demand."""
+"""How each event of `mindspeed.host.events` is fired from Megatron-LM: one patch per event, made on demand.
+
+`checkpoint_saved` is fired by `mindspeed.host.megatron_checkpoints`, which knows when a save is complete.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,6 @@ def event_patches(host: MegatronHost) -> Iterator[Patch]:
     for event, (target, make) in FIRED_BY.items():
         if host.events.wanted(event):
             yield wrap(target, make(host), reason=f"fires the event {event}")
-            if event == "checkpoint_saved":
-                yield wrap(ASYNC_SAVE, _async_saved(host), reason="fires the event checkpoint_saved of asynchronous saves")
 
 
 def _after_call(host: MegatronHost, event: str) -> Advice:
@@ -111,35 +112,6 @@ def _checkpoint_save(host: MegatronHost) -> Advice:
     return generate_state_dict
 
 
-def save_directory(args: Any, non_persistent: bool) -> str:
-    """Directory that a save of the host goes to."""
-    if non_persistent and args.non_persistent_ckpt_type == "global":
-        return args.non_persistent_global_ckpt_dir or f"{args.save}/non_persistent"
-    return str(args.save)
-
-
-def _checkpoint_saved(host: MegatronHost) -> Advice:
-    def save_checkpoint(original: Advice, iteration: int, *args: Any, **kwargs: Any) -> Any:
-        host.pending_save = (iteration, save_directory(host.args, bool(kwargs.get("non_persistent_ckpt"))))
-        result = original(iteration, *args, **kwargs)
-        if not host.args.async_save:
-            host.events.fire("checkpoint_saved", iteration=iteration, directory=host.pending_save[1])
-        return result
-
-    return save_checkpoint
-
-
-def _async_saved(host: MegatronHost) -> Advice:
-    """Asynchronous saves are complete when the host's own finalisers, the tracker's among them, have run."""
-
-    def schedule_async_save(original: Advice, async_request: Any) -> Any:
-        iteration, directory = host.pending_save
-        async_request.add_finalize_fn(lambda: host.events.fire("checkpoint_saved", iteration=iteration, directory=directory))
-        return original(async_request)
-
-    return schedule_async_save
-
-
 def _checkpoint_load(host: MegatronHost) -> Advice:
     def load_base_checkpoint(original: Advice, load_dir: Any, args: Any, rank0: bool = False, **kwargs: Any) -> Any:
         result = original(load_dir, args, rank0=rank0, **kwargs)
@@ -151,7 +123,6 @@ def _checkpoint_load(host: MegatronHost) -> Advice:
     return load_base_checkpoint
 
 
-ASYNC_SAVE = "megatron.training.async_utils:schedule_async_save"
 # event -> (target, maker of the advice)
 FIRED_BY: dict[str, tuple[str, Callable[[MegatronHost], Advice]]] = {
     "groups_created": ("megatron.core.parallel_state:initialize_model_parallel", lambda h: _after_call(h, "groups_created")),
@@ -162,7 +133,6 @@ FIRED_BY: dict[str, tuple[str, Callable[[MegatronHost], Advice]]] = {
     "step_end": ("training:train_step", _step_end),
     "log_line": ("training:training_log", _log_line),
     "checkpoint_save": ("training:generate_state_dict", _checkpoint_save),
-    "checkpoint_saved": ("training:save_checkpoint", _checkpoint_saved),
     "checkpoint_load": ("training:_load_base_checkpoint", _checkpoint_load),
     "train_begin": ("training:train", lambda h: _before_call(h, "train_begin")),
     "train_end": ("training:train", lambda h: _after_call(h, "train_end")),

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from torch import Tensor
-
+from mindspeed.ops.npu_matmul_add import npu_matmul_add_fp16, npu_matmul_add_fp32
 from mindspeed.patching.patch import Patch, add, set_value, wrap
 from mindspeed.platform import Platform
 
@@ -26,24 +25,6 @@ def has_extension(name: str) -> bool:
 def no_softmax_kernel(original: Callable[..., bool], *args: Any, **kwargs: Any) -> bool:
     """Answer for a machine without the extension: the host then uses its torch formula."""
     return False
-
-
-def accumulate_fp32(total_input: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
-    """`main_grad += grad_output^T total_input` without rounding the product to 16 bits.
-
-    Args:
-        total_input: `[rows, in]`.
-        grad_output: `[rows, out]`.
-        main_grad: `[out, in]`, fp32, changed in place.
-    """
-    if total_input.numel() and grad_output.numel():
-        main_grad.addmm_(grad_output.float().t(), total_input.float())
-
-
-def accumulate_16bit(total_input: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
-    """`main_grad += grad_output^T total_input` for a main gradient in 16 bits."""
-    if total_input.numel() and grad_output.numel():
-        main_grad.add_((grad_output.t() @ total_input).to(main_grad.dtype))
 
 
 def build_nothing(original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -63,7 +44,7 @@ def accumulation_patches() -> Iterator[Patch]:
     from megatron.core.tensor_parallel import layers
 
     why = f"gradient accumulation fusion is on by default and {_EXTENSION} is not installed"
-    functions = SimpleNamespace(wgrad_gemm_accum_fp32=accumulate_fp32, wgrad_gemm_accum_fp16=accumulate_16bit)
+    functions = SimpleNamespace(wgrad_gemm_accum_fp32=npu_matmul_add_fp32, wgrad_gemm_accum_fp16=npu_matmul_add_fp16)
     introduce = set_value if hasattr(layers, _EXTENSION) else add
     yield introduce(f"{_LAYERS}:{_EXTENSION}", functions, reason=why)
     yield set_value(f"{_LAYERS}:_grad_accum_fusion_available", True, reason=why)
