@@ -61,7 +61,7 @@ class Zygote:
         environment |= {"GLOO_SOCKET_IFNAME": loopback[0]} if loopback else {}
         self._channel = ours
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "mindspeed.testing.zygote", str(theirs.fileno())],
+            [sys.executable, "-c", "from mindspeed.testing.zygote import main; main()", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},

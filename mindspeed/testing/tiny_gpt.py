@@ -21,11 +21,25 @@ from megatron.core.distributed import (  # noqa: TID251
 from megatron.core.models.gpt import GPTModel  # noqa: TID251
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: TID251
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: TID251
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: TID251
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: TID251
 from megatron.core.transformer import TransformerConfig  # noqa: TID251
 
 from mindspeed.testing.tiny_data import TinyTokens
 from mindspeed.testing.whole_weights import fill
+
+# where Megatron-LM's command line has other defaults than megatron-core's config
+_LIKE_MEGATRON_LM: dict[str, Any] = {
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "attention_softmax_in_fp32": False,
+    "bias_activation_fusion": True,
+    "bias_dropout_fusion": True,
+    "masked_softmax_fusion": True,
+    "gradient_accumulation_fusion": True,
+    "persist_layer_norm": True,
+    "deallocate_pipeline_outputs": True,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +91,10 @@ class TinyTraining:
         ddp = DistributedDataParallelConfig(check_for_nan_in_grad=True)
         self.model = DistributedDataParallel(config, ddp, chunk)
         settings = OptimizerConfig(
-            optimizer="adam", lr=sizes.lr, weight_decay=0.01, adam_eps=sizes.adam_eps, clip_grad=1.0, adam_beta2=0.999
+            optimizer="adam", lr=sizes.lr, min_lr=0.0, weight_decay=0.01, adam_eps=sizes.adam_eps, clip_grad=1.0
         )
         self.optimizer = get_megatron_optimizer(settings, [self.model])
+        self.scheduler = _constant_schedule(self.optimizer, sizes.lr, settings.weight_decay)
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
         self._batches = self._read()
@@ -93,7 +108,7 @@ class TinyTraining:
             tensor_model_parallel_size=sizes.tensor_parallel,
             pipeline_model_parallel_size=sizes.pipeline_parallel,
             pipeline_dtype=torch.float32,
-            **{"attention_dropout": 0.0, "hidden_dropout": 0.0, **sizes.config},
+            **(_LIKE_MEGATRON_LM | sizes.config),
         )
 
     def _read(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -122,9 +137,27 @@ class TinyTraining:
             forward_only=False,
         )
         _, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(increment=sizes.global_batch_size)
         self.grad_norms.append(float(grad_norm))
         if parallel_state.is_pipeline_last_stage():
             self.losses.append((sum(r[0] for r in reports) / sum(r[1] for r in reports)).item())
+
+
+def _constant_schedule(optimizer: Any, lr: float, weight_decay: float) -> OptimizerParamScheduler:
+    """The same learning rate for all steps; also what keeps weight decay away from biases and norms."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=lr,
+        min_lr=0.0,
+        lr_warmup_steps=0,
+        lr_decay_steps=1 << 30,
+        lr_decay_style="constant",
+        start_wd=weight_decay,
+        end_wd=weight_decay,
+        wd_incr_steps=1 << 30,
+        wd_incr_style="constant",
+    )
 
 
 def _forward_step(

@@ -177,6 +177,10 @@ def _load_module(name: str, file: str) -> ModuleType:
     if spec is None:
         raise ImportError(f"cannot load {name} from {file}")
     module = importlib.util.module_from_spec(spec)
+    package, _, own_name = name.rpartition(".")
+    if package:
+        with contextlib.suppress(ImportError):  # a name that pytest made from a path outside of the project
+            setattr(importlib.import_module(package), own_name, module)
     sys.modules[name] = module
     try:
         exec(_compile_with_readable_asserts(file), module.__dict__)

@@ -1,6 +1,6 @@
 """The process from which all test ranks are forked: torch (and megatron) is imported once, then inherited.
 
-Started by `mindspeed.testing.pool` as `python -m mindspeed.testing.zygote FD`. It must stay single-threaded and must
+Started by `mindspeed.testing.pool`, which calls `main` in a fresh interpreter. It must stay single-threaded and must
 never create a process group, a device context or an OpenMP region: a fork would inherit their broken remains.
 """
 
@@ -115,7 +115,3 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which then closes the channel
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps ended ranks
     serve(socket.socket(fileno=int(sys.argv[1])))
-
-
-if __name__ == "__main__":
-    main()
