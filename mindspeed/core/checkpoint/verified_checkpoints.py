@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindspeed.checkpoint import MODES, Team, add_manifest, check_fits, restricted_load, restricted_metadata
+from mindspeed.checkpoint.structure import checkpoint_format
 from mindspeed.patching.feature import Feature
 from mindspeed.patching.flags import flag
 from mindspeed.patching.patch import Patch, wrap
@@ -45,10 +46,12 @@ class CheckpointFlags:
     )
 
 
-def checkpoint_directory(directory: Any, iteration: int) -> Path:
-    """Directory of one checkpoint, given it or the --save directory above it."""
-    below = Path(directory) / f"iter_{iteration:07d}"
-    return below if below.is_dir() else Path(directory)
+def checkpoint_directory(directory: Any, iteration: int) -> Path | None:
+    """Directory of one checkpoint, given it or the --save directory above it; None for what is not saved as files there."""
+    for place in (Path(directory) / f"iter_{iteration:07d}", Path(directory)):
+        if place.is_dir() and checkpoint_format(place):
+            return place
+    return None
 
 
 def team_of(host: Host) -> Team:
@@ -88,6 +91,8 @@ class VerifiedCheckpoints(Feature):
             args = vars(host.args)
             world = {name: int(args[name]) for name in _SIZES if args.get(name)}
             place = checkpoint_directory(directory, iteration)
+            if place is None:
+                return
             add_manifest(place, iteration, team=team_of(host), format=args.get("ckpt_format") or "torch_dist", world=world)
 
         def loaded(iteration: int, state: Mapping[str, Any]) -> None:

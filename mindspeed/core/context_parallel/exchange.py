@@ -21,10 +21,20 @@ class Incoming:
 class Exchange:
     """Point-to-point transfers inside one process group, addressed by ranks of the group."""
 
-    def __init__(self, group: ProcessGroup, send_group: ProcessGroup | None = None) -> None:
-        """Use `send_group` (same ranks) for sends, so that a device may send and receive at the same time."""
-        self.group = group
-        self.send_group = send_group or group
+    def __init__(
+        self, group: ProcessGroup, second: ProcessGroup | None = None, addresses: ProcessGroup | None = None
+    ) -> None:
+        """Take the groups.
+
+        Args:
+            group: whose communicator carries the messages.
+            second: the same ranks with a communicator of their own. Messages of even senders travel on `group`, of odd
+                ones on `second`, so that a device sends and receives at the same time.
+            addresses: the group whose ranks `to` and `source` are; `group` itself by default.
+        """
+        self._groups = (group, second or group)
+        self._addresses = addresses or group
+        self._rank = dist.get_rank(self._addresses)
         self._tagged = dist.get_backend(group) == "gloo"
 
     @contextmanager
@@ -43,15 +53,16 @@ class Exchange:
                 work.wait()
 
     def _start(self, outgoing: Tensor, received: Tensor, to: int, source: int, tag: int) -> list[dist.Work]:
-        target, origin = dist.get_global_rank(self.send_group, to), dist.get_global_rank(self.group, source)
+        target, origin = dist.get_global_rank(self._addresses, to), dist.get_global_rank(self._addresses, source)
+        sending, receiving = self._groups[self._rank % 2], self._groups[source % 2]
         if self._tagged:
-            receive = dist.irecv(received, origin, group=self.group, tag=tag)
-            send = dist.isend(outgoing, target, group=self.send_group, tag=tag)
+            receive = dist.irecv(received, origin, group=receiving, tag=tag)
+            send = dist.isend(outgoing, target, group=sending, tag=tag)
             return [work for work in (send, receive) if work is not None]
         operations = [
-            dist.P2POp(dist.isend, outgoing, target, group=self.send_group),
-            dist.P2POp(dist.irecv, received, origin, group=self.group),
+            dist.P2POp(dist.isend, outgoing, target, group=sending),
+            dist.P2POp(dist.irecv, received, origin, group=receiving),
         ]
-        if self.send_group is not self.group:
-            return [work for operation in operations for work in dist.batch_isend_irecv([operation])]
-        return list(dist.batch_isend_irecv(operations))
+        if sending is receiving:  # unbatched, a ring on one communicator would wait for itself
+            return list(dist.batch_isend_irecv(operations))
+        return [work for operation in operations for work in dist.batch_isend_irecv([operation])]

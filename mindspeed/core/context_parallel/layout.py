@@ -77,7 +77,7 @@ class SequenceLayout:
 
     def tiles(self, query_rank: int, key_rank: int, sample: int = 0, *, join: bool = True) -> tuple[Tile, ...]:
         """Kernel calls between the blocks of two ring ranks. Not for custom masks."""
-        return _tiles(self.block(query_rank, sample), self.block(key_rank, sample), self.rule(sample), join)
+        return tiles_between(self.block(query_rank, sample), self.block(key_rank, sample), self.rule(sample), join)
 
     @property
     def samples_differ(self) -> bool:
@@ -99,7 +99,8 @@ def _blocks(placement: str, length: int, ring: int, boundaries: tuple[int, ...] 
 
 
 @functools.lru_cache(maxsize=4096)
-def _tiles(queries: Segments, keys: Segments, rule: Rule, join: bool) -> tuple[Tile, ...]:
+def tiles_between(queries: Segments, keys: Segments, rule: Rule, join: bool) -> tuple[Tile, ...]:
+    """Plan of tiles, remembered: it is the same for every layer and most micro batches."""
     return plan_tiles(queries, keys, rule, join=join)
 
 

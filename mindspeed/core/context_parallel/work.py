@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mindspeed.core.attention import FULL, Accumulator, Dropout, Scoring, attend, attend_backward
-from mindspeed.core.context_parallel.layout import SequenceLayout, positions_of
+from mindspeed.core.context_parallel.layout import SequenceLayout, positions_of, tiles_between
+from mindspeed.core.context_parallel.placement import Segments
 
 
 @dataclass(frozen=True)
@@ -40,51 +41,58 @@ class Work:
     scoring: Scoring
 
 
+SegmentsOf = Callable[[int], Segments]  # sample -> segments of a block in local order
+
+
 def plan_work(
     layout: SequenceLayout, query_rank: int, key_rank: int, batch: int, options: AttentionOptions
 ) -> tuple[Work, ...]:
     """Kernel calls between the blocks of two ring ranks; empty when nothing is visible."""
+    return plan_between(
+        layout, lambda sample: layout.block(query_rank, sample), lambda sample: layout.block(key_rank, sample), batch, options
+    )
+
+
+def plan_between(
+    layout: SequenceLayout, queries: SegmentsOf, keys: SegmentsOf, batch: int, options: AttentionOptions
+) -> tuple[Work, ...]:
+    """Kernel calls between any two blocks."""
     if layout.custom_mask is not None:
-        return tuple(_custom_work(layout, query_rank, key_rank, batch, options))
+        return tuple(_custom_work(layout.custom_mask, queries(0), keys(0), batch, options))
     groups = [slice(index, index + 1) for index in range(batch)] if layout.samples_differ else [slice(0, batch)]
     found = []
     for samples in groups:
-        for tile in layout.tiles(query_rank, key_rank, samples.start, join=options.slopes is None):
+        rows, columns = queries(samples.start), keys(samples.start)
+        for tile in tiles_between(rows, columns, layout.rule(samples.start), options.slopes is None):
             bias = None
             if options.slopes is not None:
-                query_positions = positions_of(layout.block(query_rank, samples.start))[tile.rows]
-                key_positions = positions_of(layout.block(key_rank, samples.start))[tile.keys]
-                bias = AlibiBias(options.slopes, query_positions, key_positions, options.root_distance)
+                places = positions_of(rows)[tile.rows], positions_of(columns)[tile.keys]
+                bias = AlibiBias(options.slopes, *places, options.root_distance)
             scoring = Scoring(options.scale, tile.visible, bias, options.dropout)
-            found.append(_seeded(Work(samples, tile.rows, tile.keys, scoring), layout, query_rank, key_rank))
+            found.append(_seeded(Work(samples, tile.rows, tile.keys, scoring), rows, columns))
     return tuple(found)
 
 
-def _custom_work(
-    layout: SequenceLayout, query_rank: int, key_rank: int, batch: int, options: AttentionOptions
-) -> Iterator[Work]:
+def _custom_work(mask: Tensor, queries: Segments, keys: Segments, batch: int, options: AttentionOptions) -> Iterator[Work]:
     """At most one call per mask: none where all is hidden, mask-free where all is visible."""
-    mask = layout.custom_mask
-    assert mask is not None
     mask = mask.reshape(-1, *mask.shape[-2:])
-    rows, keys = positions_of(layout.block(query_rank)), positions_of(layout.block(key_rank))
+    rows, columns = positions_of(queries), positions_of(keys)
     for index, hidden in enumerate(mask):
-        part = hidden.index_select(0, rows.to(mask.device)).index_select(1, keys.to(mask.device))
+        part = hidden.index_select(0, rows.to(mask.device)).index_select(1, columns.to(mask.device))
         if part.all():
             continue
         samples = slice(0, batch) if mask.shape[0] == 1 else slice(index, index + 1)
         bias = MaskBias(part) if part.any() else None
-        work = Work(samples, slice(0, len(rows)), slice(0, len(keys)), Scoring(options.scale, FULL, bias, options.dropout))
-        yield _seeded(work, layout, query_rank, key_rank)
+        work = Work(samples, slice(0, len(rows)), slice(0, len(columns)), Scoring(options.scale, FULL, bias, options.dropout))
+        yield _seeded(work, queries, keys)
 
 
-def _seeded(work: Work, layout: SequenceLayout, query_rank: int, key_rank: int) -> Work:
+def _seeded(work: Work, queries: Segments, keys: Segments) -> Work:
     """Give a tile its own dropout seed, made from global positions of its first query and key."""
     dropout = work.scoring.dropout
     if dropout is None:
         return work
-    row = int(positions_of(layout.block(query_rank, work.samples.start))[work.rows.start])
-    key = int(positions_of(layout.block(key_rank, work.samples.start))[work.keys.start])
+    row, key = int(positions_of(queries)[work.rows.start]), int(positions_of(keys)[work.keys.start])
     seed = dropout.seed
     for part in (row, key, work.samples.start):
         seed = ((seed ^ part) * 0x2545F4914F6CDD1D + 0x9E3779B97F4A7C15) & (2**63 - 1)

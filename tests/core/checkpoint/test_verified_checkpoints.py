@@ -71,6 +71,13 @@ def test_checkpoint_with_a_manifest_keeps_it(tmp_path):
     assert read_manifest(tmp_path / "iter_0000002") == before
 
 
+def test_what_is_not_saved_as_files_there_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    subscribed().events.fire("checkpoint_saved", iteration=2, directory=tmp_path)
+    subscribed().events.fire("checkpoint_saved", iteration=2, directory="msc://bucket/run")
+    assert os.listdir(tmp_path) == ["notes.txt"]
+
+
 def test_half_a_checkpoint_gets_none(plain_save):
     root, directory, format = plain_save
     victim = next(directory.rglob("*.pt"))

@@ -1,0 +1,171 @@
+"""Attention of one layer under any context-parallel algorithm: the algorithm is a value, the call is one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mindspeed.core.context_parallel.exchange import Exchange
+from mindspeed.core.context_parallel.gathered_attention import (
+    GatheredPlan,
+    HeadMove,
+    SequenceMove,
+    gathered_attention,
+    heads_first,
+    sequence_first,
+)
+from mindspeed.core.context_parallel.groups import ContextGroups
+from mindspeed.core.context_parallel.layout import SequenceLayout
+from mindspeed.core.context_parallel.placement import Segments
+from mindspeed.core.context_parallel.plan import GATHER, ContextPlan
+from mindspeed.core.context_parallel.ring_attention import RingContext, ring_attention
+from mindspeed.core.context_parallel.ulysses import heads_to_sequence, repeats_needed, sequence_to_heads
+from mindspeed.core.context_parallel.work import AttentionOptions, plan_between, plan_work
+
+CACHED_ULYSSES = {"full": "local", "half": "half"}
+
+
+@dataclass(frozen=True)
+class Stay:
+    """Keys and values are where they are needed already: one device."""
+
+    def gather(self, local: Tensor) -> Tensor:
+        """Unchanged."""
+        return local
+
+    def reduce(self, gradient: Tensor) -> Tensor:
+        """Unchanged."""
+        return gradient
+
+
+def context_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    plan: ContextPlan,
+    groups: ContextGroups,
+    layout: SequenceLayout,
+    options: AttentionOptions,
+    layer_number: int = 1,
+) -> Tensor:
+    """Attention over a sequence that is shared out as `plan` says; differentiable.
+
+    Args:
+        q: [s, b, n, d]; k: [s, b, g, d]; v: [s, b, g, dv]: this rank's tokens, in the order of the layout.
+        layout: of this micro batch, with the mask of this layer.
+        options: scale, dropout and ALiBi slopes [n] of this tensor-parallel rank's heads.
+        layer_number: 1-based, over the whole model; decides about caching.
+
+    Returns:
+        [s, b, n, dv] in q's dtype.
+    """
+    policy = plan.cache if plan.caches(layer_number) else None
+    if plan.size == 1:
+        return gathered_attention(q, k, v, GatheredPlan(Stay(), plan_work(layout, 0, 0, q.shape[1], options)))
+    assert groups.cp is not None, "context-parallel groups do not exist yet"
+    if plan.algorithm == GATHER:
+        return _with_gathered_sequence(q, k, v, groups, layout, options)
+    if plan.ring == 1:
+        return _ulysses(q, k, v, plan, groups, layout, options, policy)
+    return _ring(q, k, v, plan, groups, layout, options, policy)
+
+
+def _ring(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: ContextPlan,
+    groups: ContextGroups,
+    layout: SequenceLayout,
+    options: AttentionOptions,
+    policy: str | None,
+) -> Tensor:
+    """Ring over `cp_ring`, inside an exchange of heads over `cp_ulysses` for the hybrid algorithm."""
+    ring = groups.get("cp_ring")
+    ulysses = groups.get("cp_ulysses")
+    assert ring is not None
+    heads = q.shape[2]
+    if ulysses is not None:
+        repeats = repeats_needed(k.shape[2], plan.ulysses)
+        if repeats > 1:
+            k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
+        q, k, v = sequence_to_heads((q, k, v), ulysses)
+        options = _own_slopes(options, heads, dist.get_rank(ulysses), plan.ulysses)
+    inner = groups.get("cp_ring_intra")
+    context = RingContext(
+        Exchange(ring, groups.get("cp2")),
+        dist.get_rank(ring),
+        layout,
+        options,
+        inner=None if inner is None else _window_exchange(groups),
+        window=plan.window,
+        cache=policy or "none",
+    )
+    out = sequence_first(ring_attention(heads_first(q), heads_first(k), heads_first(v), context))
+    return out if ulysses is None else heads_to_sequence(out, ulysses)
+
+
+def _window_exchange(groups: ContextGroups) -> Exchange:
+    """Transfers inside a window, addressed by ranks of the whole ring."""
+    inner = groups.get("cp_ring_intra")
+    ring = groups.get("cp_ring")
+    assert inner is not None and ring is not None
+    return Exchange(inner, groups.get("cp_ring_intra_overlap"), addresses=ring)
+
+
+def _ulysses(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: ContextPlan,
+    groups: ContextGroups,
+    layout: SequenceLayout,
+    options: AttentionOptions,
+    policy: str | None,
+) -> Tensor:
+    """Exchange heads against sequence; keys by exchange too, or gathered; kept as gathered, or gathered again."""
+    group = groups.cp
+    assert group is not None
+    options = _own_slopes(options, q.shape[2], dist.get_rank(group), plan.size)
+    batch = q.shape[1]
+    if policy is None and not plan.allgather_kv:
+        repeats = repeats_needed(k.shape[2], plan.size)
+        if repeats > 1:
+            k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
+        q, k, v = sequence_to_heads((q, k, v), group)
+        out = gathered_attention(q, k, v, GatheredPlan(Stay(), plan_work(layout, 0, 0, batch, options)))
+    else:
+        move = SequenceMove(group) if plan.allgather_kv else HeadMove(group, k.shape[2])
+        keep = "gathered" if policy is None else CACHED_ULYSSES[policy]
+        (q,) = sequence_to_heads((q,), group)
+        out = gathered_attention(q, k, v, GatheredPlan(move, plan_work(layout, 0, 0, batch, options), keep))
+    return heads_to_sequence(out, group)
+
+
+def _with_gathered_sequence(
+    q: Tensor, k: Tensor, v: Tensor, groups: ContextGroups, layout: SequenceLayout, options: AttentionOptions
+) -> Tensor:
+    """Queries stay, keys and values of all ranks are gathered (arXiv 2407.21783, section 3.3.2)."""
+    group = groups.cp
+    assert group is not None
+    rank, batch = dist.get_rank(group), q.shape[1]
+    order = torch.cat([layout.index(other) for other in range(layout.ranks)]).argsort().to(q.device)
+    work = plan_between(layout, lambda sample: layout.segments(rank, sample), lambda sample: _chunks(layout), batch, options)
+    return gathered_attention(q, k, v, GatheredPlan(SequenceMove(group, order), work, "local"))
+
+
+def _chunks(layout: SequenceLayout) -> Segments:
+    """Segments of all ranks in the order of positions, so that what is wholly visible is planned as such."""
+    return tuple(sorted(segment for rank in range(layout.ranks) for segment in layout.segments(rank)))
+
+
+def _own_slopes(options: AttentionOptions, heads: int, rank: int, degree: int) -> AttentionOptions:
+    """ALiBi slopes of the heads that a Ulysses rank computes."""
+    if options.slopes is None:
+        return options
+    share = heads // degree
+    return replace(options, slopes=options.slopes[rank * share : (rank + 1) * share])

@@ -1,0 +1,117 @@
+"""Every algorithm through the one call, with the groups it makes itself, against dense attention."""
+
+import pytest
+import torch
+
+from mindspeed.core.attention import Dropout
+from mindspeed.core.context_parallel.context_attention import context_attention
+from mindspeed.core.context_parallel.gathered_attention import heads_first, sequence_first
+from mindspeed.core.context_parallel.groups import ContextGroups, group_members
+from mindspeed.core.context_parallel.plan import GATHER, HYBRID, RING, ULYSSES, ContextPlan
+from mindspeed.core.context_parallel.work import AlibiBias, AttentionOptions
+from mindspeed.testing import ranks
+from tests.core.context_parallel.dense import assert_parity
+
+S = 64
+DOCUMENTS = ((0, 5, 29, 64), (0, 64))
+PLANS = {
+    "ring": ContextPlan(RING, 4),
+    "double-ring": ContextPlan(RING, 4, window=2),
+    "ring-blocks": ContextPlan(RING, 4, mask_type="general"),
+    "ulysses": ContextPlan(ULYSSES, 4),
+    "ulysses-lean": ContextPlan(ULYSSES, 4, cache="full"),
+    "ulysses-allgather": ContextPlan(ULYSSES, 4, allgather_kv=True, cache="half"),
+    "hybrid": ContextPlan(HYBRID, 4, degree=2, cache="full"),
+    "gather": ContextPlan(GATHER, 4),
+}
+MASKS = {
+    "causal": {},
+    "full": {"future": None},
+    "band": {"past": 9},
+    "documents": {"boundaries": DOCUMENTS},
+}
+
+
+def test_members_of_groups():
+    hybrid = ContextPlan(HYBRID, 8, degree=2, window=2)
+    assert group_members(hybrid, range(8), overlap=True) == {
+        "cp_ulysses": [(0, 1), (2, 3), (4, 5), (6, 7)],
+        "cp_ring": [(0, 2, 4, 6), (1, 3, 5, 7)],
+        "cp2": [(0, 2, 4, 6), (1, 3, 5, 7)],
+        "cp_ring_intra": [(0, 2), (4, 6), (1, 3), (5, 7)],
+        "cp_ring_intra_overlap": [(0, 2), (4, 6), (1, 3), (5, 7)],
+    }
+    assert group_members(ContextPlan(ULYSSES, 4), range(4), overlap=True) == {}
+    assert group_members(ContextPlan(RING, 4), [1, 3, 5, 7], overlap=True) == {"cp2": [(1, 3, 5, 7)]}
+
+
+def test_placements_follow_the_table():
+    def placement(plan, boundaries=None):
+        return plan.layout(S, boundaries=boundaries).placement
+
+    long, short = ((0, S * 8),), ((0, 3, 9, S * 8),)
+    assert placement(ContextPlan(RING, 2)) == "zigzag" and placement(ContextPlan(RING, 2, mask_type="general")) == "contiguous"
+    assert placement(ContextPlan(RING, 2), long) == "document_zigzag" and placement(ContextPlan(RING, 2), short) == "zigzag"
+    assert placement(ContextPlan(RING, 2, mask_type="general"), long) == "zigzag"
+    assert placement(ContextPlan(ULYSSES, 2)) == "contiguous" and placement(ContextPlan(GATHER, 2), long) == "contiguous"
+
+
+def test_cached_layers():
+    def layers(interval):
+        plan = ContextPlan(RING, 2, cache="full", cache_interval=interval)
+        return [layer for layer in range(1, 13) if plan.caches(layer)]
+
+    assert layers(0) == list(range(1, 13)) and layers(1) == [1, 3, 5, 7, 9, 11]
+    assert layers(4) == [1, 6, 11] and layers(5) == [1, 7]
+    assert not ContextPlan(RING, 2).caches(1)
+
+
+def attention_of(plan, groups, layout, options):
+    def attention(q, k, v):
+        inputs = [sequence_first(tensor) for tensor in (q, k, v)]
+        return heads_first(context_attention(*inputs, plan=plan, groups=groups, layout=layout, options=options))
+
+    return attention
+
+
+@ranks(4)
+@pytest.mark.parametrize("name", PLANS)
+def test_every_algorithm_and_mask_equals_dense(world, name):
+    plan, groups = PLANS[name], ContextGroups()
+    groups.create(plan, world.group, overlap=True)
+    options = AttentionOptions(0.3)
+    sizes = {"groups": 1} if plan.allgather_kv else {"groups": 2}
+    for mask in MASKS.values():
+        layout = plan.layout(S, **mask)
+        assert_parity(attention_of(plan, groups, layout, options), layout, world.rank, **sizes)
+    hidden = torch.rand(2, 1, S, S, generator=torch.Generator().manual_seed(1)) < 0.3
+    layout = plan.layout(S, custom_mask=hidden)
+    assert_parity(attention_of(plan, groups, layout, options), layout, world.rank, **sizes)
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+    bias = AlibiBias(slopes, torch.arange(S), torch.arange(S))(range(S), range(S))
+    layout = plan.layout(S)
+    options = AttentionOptions(0.3, slopes=slopes)
+    assert_parity(attention_of(plan, groups, layout, options), layout, world.rank, bias=bias, **sizes)
+    groups.drop()
+    assert groups.cp is None and groups.get("cp_ring") is None
+
+
+@ranks(4)
+def test_dropout_repeats_with_its_seed_and_has_consistent_gradients(world):
+    """For a fixed mask attention is linear in v, so <dv, v> must equal <dout, out>."""
+    plan, groups = PLANS["hybrid"], ContextGroups()
+    groups.create(plan, world.group, overlap=False)
+    attention = attention_of(plan, groups, plan.layout(S), AttentionOptions(0.3, Dropout(0.4, 5)))
+    q, k, v, grad = (torch.randn(1, 4, S // 4, 8, requires_grad=True) for _ in range(4))
+    out = attention(q, k, v)
+    assert torch.equal(out, attention(q, k, v))
+    (dv,) = torch.autograd.grad(out, v, grad)
+    sums = torch.stack([(dv * v).sum(), (out * grad).sum()]).detach()
+    torch.distributed.all_reduce(sums)
+    torch.testing.assert_close(sums[0], sums[1], rtol=1e-4, atol=1e-3)
+
+
+def test_one_device_needs_no_groups():
+    plan = ContextPlan()
+    layout = plan.layout(37, boundaries=DOCUMENTS[:0] or ((0, 5, 37), (0, 37)))
+    assert_parity(attention_of(plan, ContextGroups(), layout, AttentionOptions(0.3)), layout, 0)
