@@ -39,11 +39,13 @@ _DEVICES = {
 
 FAMILIES = (
     "dropout_add_norm",
+    "fusion_attention",
     "gmm",
     "groupmatmul_add",
     "layer_norm",
     "matmul_add",
     "moe_token_permute",
+    "ring_attention_update",
     "rms_norm",
     "rotary",
     "scaled_masked_softmax",

@@ -1,0 +1,45 @@
+"""The two arrangements of the softmax statistics of packed sequences (TND).
+
+True [T, N, 8] has the rows of a token together. The default of the NPU kernels keeps that shape but lays [N, s_b, 8] blocks, one per
+sequence, one after the other; ring attention code depends on it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def block_index(lengths: Tensor, tokens: int, heads: int) -> Tensor:
+    """[T, N] positions, in the sequence-block arrangement, of each (token, head); `lengths` [sequences] on any device.
+
+    Tokens after the last sequence form one more block. No synchronisation.
+    """
+    device = lengths.device
+    lengths = torch.cat([lengths, (tokens - lengths.sum()).reshape(1)])
+    starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths, output_size=tokens)
+    own = lengths.repeat_interleave(lengths, output_size=tokens)
+    head, token = torch.arange(heads, device=device), torch.arange(tokens, device=device)
+    return starts.unsqueeze(1) * heads + head * own.unsqueeze(1) + (token - starts).unsqueeze(1)
+
+
+def to_tokens(statistics: Tensor, index: Tensor) -> Tensor:
+    """True [T, N, 8] from sequence blocks."""
+    return statistics.reshape(-1, statistics.shape[-1])[index]
+
+
+def to_blocks(statistics: Tensor, index: Tensor) -> Tensor:
+    """Sequence blocks from true [T, N, 8]."""
+    blocks = torch.empty_like(statistics, memory_format=torch.contiguous_format)
+    blocks.view(-1, statistics.shape[-1])[index.flatten()] = statistics.reshape(-1, statistics.shape[-1])
+    return blocks
+
+
+def lengths_of(ends: list[int], device: torch.device) -> Tensor:
+    """Sequence lengths from cumulative ends without leading zero; trailing zeros are unused batches."""
+    ends = list(ends)
+    while ends and ends[-1] == 0:
+        ends.pop()
+    return torch.tensor(
+        [end - start for start, end in zip([0, *ends[:-1]], ends, strict=bool(ends))], dtype=torch.int64, device=device
+    )

@@ -1,0 +1,273 @@
+"""Attention with the interface of the second version of the NPU's fused operator, on every device."""
+
+# B batch, N query heads, Sq / Sk positions, D head size, T tokens of a packed batch
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mindspeed.ops import _attention_flash, _checks  # noqa: F401  (_attention_flash registers a body)
+from mindspeed.ops._attention import random_state, statistics_shape
+from mindspeed.ops._attention_scores import COMPRESSED_ROWS, LIMIT, Options, strip
+from mindspeed.ops._softmax_statistics import block_index, lengths_of, to_blocks, to_tokens
+
+OP = "npu_fusion_attention"
+LAYOUTS = ("BSH", "SBH", "BSND", "BNSD", "TND")
+
+
+def npu_fusion_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_num: int,
+    input_layout: str,
+    *,
+    pse: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    atten_mask: Tensor | None = None,
+    scale: float = 1.0,
+    keep_prob: float = 1.0,
+    pre_tokens: int = LIMIT,
+    next_tokens: int = LIMIT,
+    inner_precise: int = 0,
+    prefix: Sequence[int] | None = None,
+    actual_seq_qlen: Sequence[int] | None = None,
+    actual_seq_kvlen: Sequence[int] | None = None,
+    sparse_mode: int = 0,
+    gen_mask_parallel: bool = True,
+    sync: bool = False,
+    pse_type: int = 1,
+    q_start_idx: Sequence[int] | None = None,
+    kv_start_idx: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int, int]:
+    """`(out, softmax_max, softmax_sum, empty, seed, offset, numels)`; the page docs/ops/fusion_attention_v2.md has the details.
+
+    query [.., N, D], key [.., Nkv, D], value [.., Nkv, Dv] in one of the layouts BSH, SBH, BSND, BNSD or TND (packed
+    sequences; needs `actual_seq_qlen` and `actual_seq_kvlen`, cumulative ends). head_num: N, a multiple of Nkv. atten_mask:
+    True = excluded; without it `sparse_mode` has no effect. The statistics are [B, N, Sq, 8] float32 (TND: [T, N, 8], laid out
+    as one [N, s, 8] block per sequence) and satisfy `softmax_max + log(softmax_sum) = logsumexp(scores)`. A row that sees
+    nothing gives 0, minus infinity and 0. Differentiable in query, key, value and pse (types 0 and 1).
+    """
+    options = _options(
+        query,
+        key,
+        value,
+        head_num,
+        input_layout,
+        pse,
+        padding_mask,
+        atten_mask,
+        (scale, keep_prob, pre_tokens, next_tokens, inner_precise),
+        (prefix, actual_seq_qlen, actual_seq_kvlen),
+        sparse_mode,
+        pse_type,
+        (q_start_idx, kv_start_idx),
+    )
+    count = _numels(query, key, options)
+    rng = random_state(query, count, keep_prob)
+    out, top, total = torch.ops.mindspeed.fusion_attention(query, key, value, *options, rng)
+    if options[1] == "TND":
+        index = block_index(lengths_of(options[10], query.device), *top.shape[:2])
+        top, total = to_blocks(top, index), to_blocks(total, index)
+    seed, offset, numels = (0, 0, 0) if rng is None else (*rng.tolist(), count)
+    return out, top, total, query.new_empty(0), seed, offset, numels
+
+
+def npu_fusion_attention_grad(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_outputs: Tensor,
+    head_num: int,
+    input_layout: str,
+    *,
+    pse: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    atten_mask: Tensor | None = None,
+    softmax_max: Tensor | None = None,
+    softmax_sum: Tensor | None = None,
+    softmax_in: Tensor | None = None,
+    attention_in: Tensor | None = None,
+    scale: float = 1.0,
+    keep_prob: float = 1.0,
+    pre_tokens: int = LIMIT,
+    next_tokens: int = LIMIT,
+    inner_precise: int = 0,
+    seed: int = 1234,
+    offset: int = 0,
+    numels: int = 0,
+    prefix: Sequence[int] | None = None,
+    actual_seq_qlen: Sequence[int] | None = None,
+    actual_seq_kvlen: Sequence[int] | None = None,
+    sparse_mode: int = 0,
+    gen_mask_parallel: bool = True,
+    sync: bool = False,
+    pse_type: int = 1,
+    q_start_idx: Sequence[int] | None = None,
+    kv_start_idx: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`(dq, dk, dv, dpse)` from the result `attention_in` and its statistics; dpse is None without pse of type 0 or 1.
+
+    Statistics and result may belong to a larger set of keys than `key` (ring attention): the probabilities are then those of
+    the whole set, restricted to these keys.
+    """
+    options = _options(
+        query,
+        key,
+        value,
+        head_num,
+        input_layout,
+        pse,
+        padding_mask,
+        atten_mask,
+        (scale, keep_prob, pre_tokens, next_tokens, inner_precise),
+        (prefix, actual_seq_qlen, actual_seq_kvlen),
+        sparse_mode,
+        pse_type,
+        (q_start_idx, kv_start_idx),
+    )
+    for name, tensor in (("softmax_max", softmax_max), ("softmax_sum", softmax_sum), ("attention_in", attention_in)):
+        _checks.tensor(f"{OP}_grad", name, tensor)
+    expected = statistics_shape(query, Options(*options, None))
+    _checks.shape(f"{OP}_grad", "softmax_max", softmax_max, expected)
+    _checks.shape(f"{OP}_grad", "softmax_sum", softmax_sum, expected)
+    if options[1] == "TND":
+        index = block_index(lengths_of(options[10], query.device), *softmax_max.shape[:2])
+        softmax_max, softmax_sum = to_tokens(softmax_max, index), to_tokens(softmax_sum, index)
+    rng = torch.tensor([seed, offset], dtype=torch.int64) if keep_prob < 1.0 else None
+    need_dpse = pse is not None and pse_type in (0, 1)
+    dq, dk, dv, dpse = torch.ops.mindspeed.fusion_attention_backward(
+        grad_outputs, query, key, value, attention_in, softmax_max, softmax_sum, need_dpse, *options, rng
+    )
+    return dq, dk, dv, dpse if need_dpse else None
+
+
+def _options(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_num: int,
+    layout: str,
+    pse: Tensor | None,
+    padding_mask: Tensor | None,
+    atten_mask: Tensor | None,
+    numbers: tuple[float, float, int, int, int],
+    lists: tuple[Sequence[int] | None, ...],
+    sparse_mode: int,
+    pse_type: int,
+    starts: tuple[Sequence[int] | None, ...],
+) -> tuple:
+    """Check everything and return the operator's arguments after value, without the random state."""
+    _checks.tensor(OP, "query", query)
+    for name, tensor in (("key", key), ("value", value)):
+        _checks.tensor(OP, name, tensor)
+        _checks.dtype_of(OP, name, tensor, query.dtype)
+    _checks.same_device(OP, query=query, key=key, value=value, pse=pse, atten_mask=atten_mask)
+    layout = layout.upper()
+    _checks.option(OP, "input_layout", layout, LAYOUTS)
+    _checks.require(OP, "padding_mask", padding_mask is None, "must be None", "a tensor")
+    _checks.require(OP, "keep_prob", 0.0 < numbers[1] <= 1.0, "must lie in (0, 1]", numbers[1])
+    _checks.option(OP, "pse_type", pse_type, (0, 1, 2, 3))
+    _checks.option(OP, "sparse_mode", sparse_mode, (0, 1, 2, 3, 4, 6, 7, 8) if layout == "TND" else range(7))
+    lists = tuple(None if values is None else [int(v) for v in values] for values in lists)
+    starts = tuple(None if values is None else [int(v) for v in values] for values in starts)
+    batch, queries, keys = _check_shapes(query, key, value, head_num, layout, lists[1], lists[2])
+    if atten_mask is not None:
+        _check_mask(atten_mask, sparse_mode, batch, head_num, queries, keys)
+        if sparse_mode in (5, 6):
+            given = lists[0]
+            _checks.require(
+                OP, "prefix", given is not None and len(given) == batch, f"must have {batch} entries in mode 5 and 6", given
+            )
+    if pse is not None:
+        _checks.require(OP, "pse", sparse_mode not in (7, 8), "must be None in sparse modes 7 and 8", "a tensor")
+        _check_pse(pse, pse_type, query.dtype, batch, head_num, queries, keys)
+    return head_num, layout, pse, atten_mask, *numbers, *lists, sparse_mode, pse_type, *starts
+
+
+def _check_shapes(
+    query: Tensor, key: Tensor, value: Tensor, head_num: int, layout: str, q_ends: list[int] | None, k_ends: list[int] | None
+) -> tuple[int, int, int]:
+    """Check the three shapes; returns batch size, query and key positions (TND: of the longest sequence)."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _checks.tensor(OP, name, tensor, ndim=4 if layout in ("BSND", "BNSD") else 3)
+    _checks.require(OP, "head_num", head_num > 0, "must be positive", head_num)
+    if layout in ("BSH", "SBH"):
+        _checks.require(
+            OP, "head_num", query.shape[-1] % head_num == 0, f"must divide the hidden size {query.shape[-1]}", head_num
+        )
+        size = query.shape[-1] // head_num
+        _checks.require(OP, "key", key.shape[-1] % size == 0, f"must have a hidden size divisible by {size}", tuple(key.shape))
+        kv_heads = key.shape[-1] // size
+    else:
+        axis = 1 if layout in ("BNSD", "TND") else 2
+        _checks.require(OP, "query", query.shape[axis] == head_num, f"must have {head_num} heads", tuple(query.shape))
+        _checks.require(OP, "key", key.shape[-1] == query.shape[-1], "must have the head size of query", tuple(key.shape))
+        kv_heads = key.shape[axis]
+        _checks.require(OP, "value", value.shape[axis] == kv_heads, f"must have {kv_heads} heads like key", tuple(value.shape))
+    _checks.require(
+        OP, "head_num", kv_heads > 0 and head_num % kv_heads == 0, f"must be a multiple of the {kv_heads} key heads", head_num
+    )
+    _checks.shape(OP, "value", value, (*key.shape[:-1], value.shape[-1]))
+    if layout == "TND":
+        return _check_lengths(query, key, q_ends, k_ends)
+    batch_axis, sequence_axis = {"BSH": (0, 1), "BSND": (0, 1), "SBH": (1, 0), "BNSD": (0, 2)}[layout]
+    same = key.shape[batch_axis] == query.shape[batch_axis]
+    _checks.require(OP, "key", same, f"must have batch size {query.shape[batch_axis]}", tuple(key.shape))
+    return query.shape[batch_axis], query.shape[sequence_axis], key.shape[sequence_axis]
+
+
+def _check_lengths(query: Tensor, key: Tensor, q_ends: list[int] | None, k_ends: list[int] | None) -> tuple[int, int, int]:
+    longest = []
+    for name, ends, tensor in (("actual_seq_qlen", q_ends, query), ("actual_seq_kvlen", k_ends, key)):
+        _checks.require(OP, name, bool(ends), "must hold cumulative ends for layout TND", ends)
+        used = strip(ends)
+        ordered = all(start <= end for start, end in zip([0, *used[:-1]], used, strict=bool(used)))
+        _checks.require(
+            OP, name, ordered and (used or [0])[-1] <= tensor.shape[0], f"must rise to at most {tensor.shape[0]}", ends
+        )
+        longest.append(max((end - start for start, end in zip([0, *used[:-1]], used, strict=bool(used))), default=0))
+    _checks.require(OP, "actual_seq_kvlen", len(q_ends) == len(k_ends), f"must have {len(q_ends)} entries", len(k_ends))
+    return len(strip(q_ends)), *longest
+
+
+def _check_mask(mask: Tensor, mode: int, batch: int, heads: int, queries: int, keys: int) -> None:
+    _checks.tensor(OP, "atten_mask", mask, (torch.bool, torch.uint8))
+    if mode not in (0, 1):
+        return  # a constant pattern, of which only the mode matters
+    sizes = tuple(mask.shape)
+    fits = len(sizes) in (2, 4) and sizes[-2] >= queries and sizes[-1] >= keys
+    if len(sizes) == 4:
+        fits = fits and sizes[0] in (1, batch) and sizes[1] in (1, heads)
+    _checks.require(OP, "atten_mask", fits, f"must be [Sq, Sk] or [B or 1, N or 1, Sq, Sk] for Sq {queries}, Sk {keys}", sizes)
+
+
+def _check_pse(pse: Tensor, pse_type: int, dtype: torch.dtype, batch: int, heads: int, queries: int, keys: int) -> None:
+    if pse_type in (2, 3):
+        _checks.tensor(OP, "pse", pse, (torch.float32,))
+        _checks.shape(OP, "pse", pse, (heads,), (batch, heads))
+        return
+    _checks.tensor(OP, "pse", pse, ndim=4)
+    _checks.dtype_of(OP, "pse", pse, dtype)
+    rows_fit = pse.shape[2] in (1, queries) or (pse.shape[2] == COMPRESSED_ROWS and queries > COMPRESSED_ROWS)
+    fits = pse.shape[0] in (1, batch) and pse.shape[1] == heads and rows_fit and pse.shape[3] == keys
+    _checks.require(
+        OP,
+        "pse",
+        fits,
+        f"must be [B or 1, N, Sq, 1 or {COMPRESSED_ROWS}, Sk] for N {heads}, Sq {queries}, Sk {keys}",
+        tuple(pse.shape),
+    )
+
+
+def _numels(query: Tensor, key: Tensor, options: tuple) -> int:
+    """How many random numbers dropout of all scores takes."""
+    heads, layout = options[0], options[1]
+    if layout != "TND":
+        batch_axis, sequence_axis = {"BSH": (0, 1), "BSND": (0, 1), "SBH": (1, 0), "BNSD": (0, 2)}[layout]
+        return query.shape[batch_axis] * heads * query.shape[sequence_axis] * key.shape[sequence_axis]
+    lengths = zip(*(lengths_of(ends, torch.device("cpu")).tolist() for ends in options[10:12]), strict=False)
+    return heads * sum(q * k for q, k in lengths)
