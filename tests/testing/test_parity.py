@@ -1,5 +1,7 @@
 """The parity harness: layouts agree, the trainer equals hand-written megatron-core calls, and differences are found."""
 
+import os
+
 import pytest
 import torch
 
@@ -76,3 +78,13 @@ def test_diverged_replicas_and_missing_parts_are_found():
         join([[left]])
     with pytest.raises(AssertionError, match="different gradient norms"):
         _merge([_RankRecord([1.0], [1.0]), _RankRecord([1.0], [2.0])])
+
+
+@pytest.mark.megatron_lm
+@pytest.mark.skipif("MEGATRON_LM_PATH" not in os.environ, reason="MEGATRON_LM_PATH names no Megatron-LM checkout")
+def test_megatron_lm_prints_the_digits_of_the_trainer():
+    ours = train("", steps=2)
+    theirs = train("", steps=2, host="megatron-lm")
+    assert ours.losses == theirs.losses and ours.grad_norms == theirs.grad_norms
+    assert ours.weights.keys() == theirs.weights.keys()
+    assert all(torch.equal(ours.weights[name], theirs.weights[name]) for name in ours.weights)
