@@ -39,7 +39,10 @@ def structural_problems(directory: Path) -> list[str]:
         problems += [f"{child.name}/{RANK_FILE} is missing" for child in folders if not (child / RANK_FILE).is_file()]
         return problems + _grid([child.name for child in folders])
     if kind == "torch_dist":
-        problems += _sharded_config(directory)
+        backend, more = _sharded_config(directory)
+        problems += more
+        if backend != "torch_dist":
+            return problems  # zarr keeps a directory for each tensor and no list of them
     return problems + _shards(directory)
 
 
@@ -74,17 +77,18 @@ def _grid(names: list[str]) -> list[str]:
     return [f"{expected - len(set(ranks))} of {expected} rank directories are missing (the highest is {max(names)})"]
 
 
-def _sharded_config(directory: Path) -> list[str]:
-    problems = []
+def _sharded_config(directory: Path) -> tuple[str, list[str]]:
+    """Storage backend of a distributed checkpoint, and what is wrong with its description."""
+    problems, backend = [], ""
     try:
-        config = json.loads((directory / "metadata.json").read_text())
-        if "sharded_backend" not in config:
+        backend = json.loads((directory / "metadata.json").read_text()).get("sharded_backend", "")
+        if not backend:
             problems.append("metadata.json does not name a sharded_backend")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         problems.append(f"metadata.json cannot be read: {error}")
     if not (directory / "common.pt").is_file():
         problems.append("common.pt is missing")
-    return problems
+    return backend or "torch_dist", problems
 
 
 def _shards(directory: Path) -> list[str]:

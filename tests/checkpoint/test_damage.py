@@ -186,6 +186,12 @@ class TestPlainMegatronCheckpoint:
             assert "iteration 4" in found.warning
             path.write_bytes(content)
 
+    def test_zarr_has_no_list_of_tensors(self, plain):
+        if (plain / ".metadata").exists():
+            (plain / ".metadata").unlink()
+            (plain / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+        assert verify(plain) is None
+
     def test_missing_rank_directory(self, plain):
         name = shards(plain)[0]
         (plain / name).unlink()
