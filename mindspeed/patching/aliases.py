@@ -139,10 +139,11 @@ def _references(module: types.ModuleType, wanted: set[int]) -> Iterator[tuple[An
     for key, value in list(vars(module).items()):
         if id(value) in wanted:
             yield value, Place(module, key, f"{name}.{key}")
-        if isinstance(value, type):
+        # type(value) and not isinstance: a lazy proxy would load what it stands for when asked for its class.
+        if issubclass(type(value), type):
             if value.__module__ == name:
                 yield from _in_class(value, wanted, name)
-        elif isinstance(value, types.FunctionType):
+        elif type(value) is types.FunctionType:
             if value.__module__ == name:
                 yield from _in_defaults(value, wanted, f"{name}.{key}")
         elif type(value).__name__ == "ModuleSpec" and dataclasses.is_dataclass(value):
@@ -154,9 +155,9 @@ def _in_class(cls: type, wanted: set[int], module_name: str) -> Iterator[tuple[A
     for key, value in list(vars(cls).items()):
         if id(value) in wanted:
             yield value, Place(cls, key, f"{text}.{key}")
-        if isinstance(value, types.FunctionType):
+        if type(value) is types.FunctionType:
             yield from _in_defaults(value, wanted, f"{text}.{key}")
-        elif isinstance(value, type) and value.__qualname__.startswith(cls.__qualname__ + "."):
+        elif issubclass(type(value), type) and value.__qualname__.startswith(cls.__qualname__ + "."):
             yield from _in_class(value, wanted, module_name)
     if "__dataclass_fields__" in vars(cls):
         yield from _in_dataclass(cls, wanted, text)

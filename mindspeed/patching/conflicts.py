@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mindspeed.errors import ConflictError
@@ -42,7 +42,7 @@ def without_superseded(steps: Sequence[Step]) -> tuple[list[Step], list[Patch]]:
 
 def problems_between(steps: Sequence[Step], rows: Iterable[Row] = ()) -> list[str]:
     """A line for each pair of patches that cannot be combined, among `steps` and with changes in force."""
-    rows = tuple(rows)
+    claimed = _claimed(rows)
     lines: list[str] = []
     groups: dict[Any, list[Step]] = defaultdict(list)
     for step in steps:
@@ -50,7 +50,7 @@ def problems_between(steps: Sequence[Step], rows: Iterable[Row] = ()) -> list[st
     for group in groups.values():
         for index, first in enumerate(group):
             lines += [line for second in group[index + 1 :] if (line := _clash(first.patch, second.patch, second.found.target))]
-        lines += _claimed_already(group, rows)
+        lines += _claimed_already(group, claimed)
     lines += _hidden_methods(steps)
     return list(dict.fromkeys(lines))
 
@@ -86,18 +86,33 @@ def _order_known(first: Patch, second: Patch) -> bool:
     return bool({second.owner, EVERYBODY} & set(first.after) or {first.owner, EVERYBODY} & set(second.after))
 
 
-def _claimed_already(group: Sequence[Step], rows: Iterable[Row]) -> list[str]:
+def _claimed(rows: Iterable[Row]) -> dict[Any, list[Row]]:
+    """Changes in force that exclude others, by the object and by the place they concern."""
+    claimed: dict[Any, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.operation in ("replace", "rewrite", "set", "add"):
+            claimed[id(row.base)].append(row)
+            for edit in row.edits[:1]:
+                claimed[edit.place.identity].append(row)
+    return claimed
+
+
+def _claimed_already(group: Sequence[Step], claimed: Mapping[Any, list[Row]]) -> list[str]:
     """Replacing what a change in force has replaced or rewritten already."""
     lines = []
-    for row in rows:
-        for step in group:
-            patch, found = step.patch, step.found
-            exclusive = patch.operation in (*_EXCLUSIVE, Operation.REWRITE)
-            if row.operation not in ("replace", "rewrite", "set", "add") or not exclusive or row.owner == patch.owner:
-                continue
-            if row.owner in patch.supersedes or not _same_thing(row, step):
-                continue
-            if row.operation == patch.operation.value and (row.advice is patch.value or _equal(row.advice, patch.value)):
+    for step in group:
+        patch, found = step.patch, step.found
+        if patch.operation is Operation.WRAP:
+            continue
+        by_place = found.kind in ("data", "missing") or found.inherited
+        key: Any = (id(found.owner_object), found.attribute) if by_place else id(step.base)
+        for row in claimed.get(key, ()):
+            same_value = row.advice is patch.value or _equal(row.advice, patch.value)
+            if (
+                row.owner == patch.owner
+                or row.owner in patch.supersedes
+                or (same_value and row.operation == patch.operation.value)
+            ):
                 continue
             if row.operation == "rewrite" and patch.operation is Operation.REWRITE and not set(row.advice) & set(patch.value):
                 continue
@@ -105,13 +120,6 @@ def _claimed_already(group: Sequence[Step], rows: Iterable[Row]) -> list[str]:
                 f"{who(patch)} cannot {patch.operation.value} {found.target}: {who(row)} did so before ({row.operation})"
             )
     return lines
-
-
-def _same_thing(row: Row, step: Step) -> bool:
-    if step.found.kind in ("data", "missing") or step.found.inherited:
-        place = (id(step.found.owner_object), step.found.attribute)
-        return any(edit.place.identity == place for edit in row.edits[:1])
-    return row.base is step.base
 
 
 def _hidden_methods(steps: Sequence[Step]) -> list[str]:

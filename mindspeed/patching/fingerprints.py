@@ -81,6 +81,7 @@ def _canonical(node: Any) -> str:
     return f"{type(node).__name__}({','.join(parts)})"
 
 
+@functools.lru_cache(maxsize=4096)
 def of_object(value: Any) -> Fingerprint | None:
     """Fingerprint of a function or class in memory; None where its source is not at hand."""
     try:

@@ -44,7 +44,9 @@ def feature_table(active: Iterable[Active], changes: Mapping[str, list[str]]) ->
         lines = changes.get(one.name, [])
         more = [f"and {len(lines) - _MOST_TARGETS} more"] if len(lines) > _MOST_TARGETS else []
         table.add_row(
-            Text(one.name, style="bold"), Text(one.why), Text("\n".join([*lines[:_MOST_TARGETS], *more]) or "nothing patched")
+            Text(one.name, style="bold"),
+            Text(one.why),
+            Text("\n".join([*lines[:_MOST_TARGETS], *more]) or "acts at the host's events"),
         )
     return table
 

@@ -95,7 +95,8 @@ class Plan:
         with LOCK:
             if lines := problems_between(self.steps, ledger.rows):
                 raise ConflictError("\n".join(lines))
-            steps = [step for step in self.steps if not _in_force(step.patch, ledger.rows)]
+            claims = _claims(ledger.rows)
+            steps = [step for step in self.steps if not _is_among(step.patch, claims.get(_claim(step.patch), ()))]
             places = _References([step for step in steps if step.patch.operation in (Operation.WRAP, Operation.REPLACE)])
             made: list[Row] = []
             try:
@@ -121,31 +122,32 @@ class Plan:
             ledger.revert()
 
 
+def _claim(patch: Patch) -> tuple[str, str, str]:
+    return patch.owner, patch.operation.value, patch.target.replace(":", ".")
+
+
+def _claims(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Any]]:
+    """(owner, operation, target) -> values of changes in force."""
+    claims: dict[tuple[str, str, str], list[Any]] = defaultdict(list)
+    for row in rows:
+        claims[row.owner, row.operation, row.target.replace(":", ".")].append(row.advice)
+    return claims
+
+
+def _is_among(patch: Patch, values: Iterable[Any]) -> bool:
+    return any(value is patch.value or (patch.operation is Operation.REWRITE and value == patch.value) for value in values)
+
+
 def _without_repeats(patches: Iterable[Patch], rows: Iterable[Row]) -> list[Patch]:
-    """Each patch once: a feature may name the same advice for the same target twice."""
+    """Each patch once: a feature may name the same advice for the same target twice, or again."""
+    claims = _claims(rows)
     kept: list[Patch] = []
     for patch in patches:
-        if not any(_same(patch, other) for other in kept) and not _in_force(patch, rows):
+        values = claims.setdefault(_claim(patch), [])
+        if not _is_among(patch, values):
+            values.append(patch.value)
             kept.append(patch)
     return kept
-
-
-def _same(patch: Patch, other: Patch) -> bool:
-    same = (patch.owner, patch.operation) == (other.owner, other.operation) and _same_text(patch.target, other.target)
-    return same and (patch.value is other.value or (patch.operation is Operation.REWRITE and patch.value == other.value))
-
-
-def _same_text(first: str, second: str) -> bool:
-    return first.replace(":", ".") == second.replace(":", ".")
-
-
-def _in_force(patch: Patch, rows: Iterable[Row]) -> bool:
-    return any(
-        (row.owner, row.operation) == (patch.owner, patch.operation.value)
-        and _same_text(row.target, patch.target)
-        and (row.advice is patch.value or (patch.operation is Operation.REWRITE and row.advice == patch.value))
-        for row in rows
-    )
 
 
 def _resolved(patches: Iterable[Patch], rows: Iterable[Row], installed: Mapping[str, str] | None) -> list[Step]:
@@ -158,7 +160,7 @@ def _resolved(patches: Iterable[Patch], rows: Iterable[Row], installed: Mapping[
             _verify(patch, found)
             steps.append(Step(patch, found))
         except TargetError as error:
-            before = {who(row) for row in rows if _same_text(row.target, patch.target)}
+            before = {who(row) for row in rows if row.target.replace(":", ".") == patch.target.replace(":", ".")}
             claimed = f"; it was changed before by {', '.join(sorted(before))}" if before else ""
             lines.append(f"{_who(patch)} cannot {patch.operation.value} {patch.target}: {error}{claimed}")
     if lines:
