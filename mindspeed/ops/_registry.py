@@ -38,7 +38,9 @@ _DEVICES = {
 }
 
 FAMILIES = (
+    "adamw",
     "dropout_add_norm",
+    "ema_adamw",
     "fusion_attention",
     "gmm",
     "groupmatmul_add",

@@ -1,0 +1,138 @@
+"""One AdamW step on one tensor in place, together with the moving average of the parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mindspeed.ops import _checks
+from mindspeed.ops._blocks import row_blocks
+from mindspeed.ops._registry import define, register_kernel
+
+OP = "npu_apply_fused_ema_adamw"
+
+
+def npu_apply_fused_ema_adamw(
+    grad: Tensor,
+    var: Tensor,
+    m: Tensor,
+    v: Tensor,
+    s: Tensor,
+    step: Tensor,
+    lr: float = 1e-3,
+    ema_decay: float = 0.9999,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    mode: int = 1,
+    bias_correction: bool = True,
+    weight_decay: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Update var, both moments and the average `s` in place; returns `(var, m, v, s)`, the same tensors.
+
+    All tensors have the shape of var and dtype float32; step: int64 tensor of one element, the number of this step. mode 1:
+    AdamW (decoupled decay), mode 0: Adam with the decay added to the gradient. `s = ema_decay * s + (1 - ema_decay) * var`.
+    """
+    _checks.tensor(OP, "var", var, (torch.float32, torch.float64))
+    for name, value in (("grad", grad), ("m", m), ("v", v), ("s", s)):
+        _checks.tensor(OP, name, value, (var.dtype,))
+        _checks.shape(OP, name, value, var.shape)
+    _checks.tensor(OP, "step", step, (torch.int64,))
+    _checks.require(OP, "step", step.numel() == 1, "must have one element", tuple(step.shape))
+    _checks.same_device(OP, var=var, grad=grad, m=m, v=v, s=s)
+    _checks.option(OP, "mode", mode, (0, 1))
+    _checks.require(OP, "ema_decay", 0.0 <= ema_decay <= 1.0, "must lie in [0, 1]", ema_decay)
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        _checks.require(OP, name, 0.0 <= beta < 1.0, "must lie in [0, 1)", beta)
+    with torch.no_grad():
+        torch.ops.mindspeed.ema_adamw_(
+            grad, var, m, v, s, step, lr, ema_decay, beta1, beta2, eps, mode, bias_correction, weight_decay
+        )
+    return var, m, v, s
+
+
+def _reference(
+    grad: Tensor,
+    var: Tensor,
+    m: Tensor,
+    v: Tensor,
+    s: Tensor,
+    step: Tensor,
+    lr: float,
+    ema_decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    mode: int,
+    bias_correction: bool,
+    weight_decay: float,
+) -> None:
+    g = grad if mode == 1 else grad + weight_decay * var
+    m.copy_(beta1 * m + (1 - beta1) * g)
+    v.copy_(beta2 * v + (1 - beta2) * g * g)
+    first = second = 1.0
+    if bias_correction:
+        count = step.reshape(()).to(var.device, var.dtype)
+        first, second = 1 - beta1**count, 1 - beta2**count
+    update = (m / first) / ((v / second).sqrt() + eps)
+    var.sub_(lr * (update + weight_decay * var * mode))
+    s.lerp_(var, 1.0 - ema_decay)
+
+
+define(
+    "ema_adamw_(Tensor grad, Tensor(a!) var, Tensor(b!) m, Tensor(c!) v, Tensor(d!) s, Tensor step, float lr, float ema_decay,"
+    " float beta1, float beta2, float eps, int decay_mode, bool bias_correction, float weight_decay) -> ()",
+    family="ema_adamw",
+    reference=_reference,
+    fake=lambda *_: None,
+)
+
+
+def _no_fused_kernel(grad: Tensor, var: Tensor, m: Tensor, v: Tensor, s: Tensor, *rest: object) -> str | None:
+    if not rest[7]:
+        return "torch's fused kernel always corrects the bias"
+    if not all(value.is_contiguous() for value in (grad, var, m, v, s)):
+        return "torch's fused kernel wants contiguous tensors"
+    return None
+
+
+@register_kernel("ema_adamw_", "aten", devices=("cpu", "cuda", "npu"), declines=_no_fused_kernel)
+def _fused(
+    grad: Tensor,
+    var: Tensor,
+    m: Tensor,
+    v: Tensor,
+    s: Tensor,
+    step: Tensor,
+    lr: float,
+    ema_decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    mode: int,
+    bias_correction: bool,
+    weight_decay: float,
+) -> None:
+    """torch's fused kernel, and the average while the block is still in the cache (on a CPU; elsewhere in one piece)."""
+    fused = torch._fused_adamw_ if mode == 1 else torch._fused_adam_
+    count = step.reshape(()).to(var.device, torch.float32)
+    flat = [value.view(-1) for value in (var, grad, m, v, s)]
+    blocks = row_blocks(var.numel(), 4) if var.device.type == "cpu" else [slice(None)]
+    for block in blocks:
+        p, g, first, second, average = (value[block] for value in flat)
+        fused(
+            [p],
+            [g],
+            [first],
+            [second],
+            [],
+            [count],
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
+        average.lerp_(p, 1.0 - ema_decay)
