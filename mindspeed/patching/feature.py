@@ -94,6 +94,7 @@ class Feature:
     flags: ClassVar[type] = NoFlags
     conflicts: ClassVar[dict[str, str]] = {}
     needs: ClassVar[tuple[str, ...]] = ()
+    page: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -101,6 +102,8 @@ class Feature:
             raise TypeError(f"feature {cls.__name__} needs a docstring that says what it does")
         if "name" not in cls.__dict__:
             cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__).lower()
+        if "page" not in cls.__dict__:
+            cls.page = cls.name
 
     @property
     def summary(self) -> str:
