@@ -30,6 +30,7 @@ from mindspeed.host.repairs import (
     norms,
     numpy_names,
     optimizer_order,
+    param_groups,
     transformer_engine,
     type_strings,
 )
@@ -55,6 +56,7 @@ REPAIRS: dict[str, ModuleType] = {
     "repair.fused-kernels": fused_kernels,
     "repair.datasets": datasets,
     "repair.optimizer-order": optimizer_order,
+    "repair.param-groups": param_groups,
 }
 # Modules that the repairs change or that hold compiled functions; imported first, with compilation off.
 _CORE_MODULES = (

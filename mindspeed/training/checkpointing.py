@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,10 +169,9 @@ def _save_in_background(state: dict[str, Any], iteration: int, context: dict[str
         async_sharded_save=True,
         preprocess_common_before_consistancy_check=_comparable,
     )
-    request = request._replace(
-        async_fn=_write_and_seal,
-        async_fn_args=(request.async_fn, str(save.staged), torch.distributed.get_rank(), *request.async_fn_args),
-    )
+    # not as further arguments: the queue replaces the second one by what the preload function returns
+    sealed = functools.partial(_write_and_seal, request.async_fn, str(save.staged), torch.distributed.get_rank())
+    request = request._replace(async_fn=sealed)
     request.add_finalize_fn(lambda: (save.commit(sealed=True), _announce(iteration)))
     session.saves.schedule_async_request(request)
     print_rank_0(f"  scheduled an async checkpoint save at iteration {iteration:7d} to {get_args().save}")

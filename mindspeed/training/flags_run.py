@@ -187,8 +187,6 @@ LOGGING = (
 
 OWN = (
     str_flag("--model-provider", None, "Model to train, as `file.py:function(pre_process, post_process)`; a GPT without it."),
-    str_flag("--ckpt-verify", "full", "How a checkpoint is checked before it is used.", choices=("full", "size", "off")),
-    str_flag("--ckpt-save-failure", "stop", "What a failed save does to the run.", choices=("stop", "continue")),
     str_flag("--loss-plot", None, "PNG of loss, validation and learning rate at the end; <save>/loss.png if not given."),
     switch_on("--no-progress", "Never show the updating status line."),
 )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 TINY = (
     "--num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
@@ -28,10 +31,11 @@ LINE = re.compile(
 
 @dataclass(frozen=True)
 class Run:
-    """What a run printed on this rank, and where it ended."""
+    """What a run printed on this rank, where it ended, and a hash of this rank's weights."""
 
     text: str
     iteration: int
+    digest: str
 
     @property
     def lines(self) -> list[re.Match[str]]:
@@ -43,16 +47,33 @@ class Run:
         """Iteration, loss and gradient norm in every printed digit."""
         return [(line["iteration"], line["loss"], line["norm"]) for line in self.lines]
 
+    @property
+    def timeless(self) -> list[str]:
+        """Log and validation lines without times."""
+        kept = [line for line in self.text.splitlines() if " iteration " in line and "datetime" not in line]
+        return [
+            re.sub(r"^ \[[^]]*\]|elapsed time per iteration \(ms\): [^|]*", "", line)
+            for line in kept
+            if "checkpoint" not in line
+        ]
+
 
 def train(flags: str, *more: object) -> Run:
     """Train in this rank; `more` are further words of the command line."""
     from mindspeed.training import pretraining
 
     words = [*flags.split(), *map(str, more)]
-    printed = io.StringIO()
+    printed, digest = io.StringIO(), hashlib.sha256()
+
+    def hash_weights(model):
+        for chunk in model:
+            for name, weight in chunk.named_parameters():
+                digest.update(name.encode())
+                digest.update(weight.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+
     with contextlib.redirect_stdout(printed):
-        result = pretraining.pretrain(argv=words)
-    return Run(printed.getvalue(), result.iteration)
+        result = pretraining.pretrain(argv=words, after_training=hash_weights)
+    return Run(printed.getvalue(), result.iteration, digest.hexdigest())
 
 
 def seed_checkpoint(folder: Path, flags: str = TINY) -> str:
