@@ -17,6 +17,8 @@ import time
 import traceback
 import warnings
 
+from mindspeed.testing.zygote import die_with_parent
+
 
 def main() -> None:
     """Import, say so, then serve runs until standard input ends."""
@@ -74,6 +76,7 @@ def end(children: dict[int, int]) -> None:
 
 def become_rank(script: str, argv: list[str], rank: int, world: int, port: int, env: dict[str, str], log: str) -> None:
     """Never returns: run the script as `__main__` of a rank."""
+    die_with_parent()  # a run that is interrupted must not leave ranks behind
     code = 1
     try:
         output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
