@@ -28,6 +28,13 @@ class Events:
 
     def __init__(self) -> None:
         self._handlers: dict[str, list[Callable[..., Any]]] = defaultdict(list)
+        self._shared: dict[str, Any] = {}
+
+    def shared(self, key: str, make: Callable[[], Any]) -> Any:
+        """State that subscriptions and patches of one activation share; made at the first request, dropped by `clear`."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
 
     def on(self, event: str, handler: Callable[..., Any]) -> None:
         """Call `handler` with the event's keyword arguments whenever `event` fires."""
@@ -56,5 +63,6 @@ class Events:
         self._handlers.update({event: list(handlers) for event, handlers in subscriptions.items()})
 
     def clear(self) -> None:
-        """Forget all subscriptions."""
+        """Forget all subscriptions and what they share."""
         self._handlers.clear()
+        self._shared.clear()

@@ -21,9 +21,7 @@ class Incoming:
 class Exchange:
     """Point-to-point transfers inside one process group, addressed by ranks of the group."""
 
-    def __init__(
-        self, group: ProcessGroup, second: ProcessGroup | None = None, addresses: ProcessGroup | None = None
-    ) -> None:
+    def __init__(self, group: ProcessGroup, second: ProcessGroup | None = None, addresses: ProcessGroup | None = None) -> None:
         """Take the groups.
 
         Args:

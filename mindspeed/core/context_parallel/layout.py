@@ -30,6 +30,7 @@ class SequenceLayout:
         past, future: limits of the mask, None for none (see `Rule`).
         boundaries: per sample 0, ends of documents, S; None when documents do not matter.
         restart_positions: positions count from 0 in each document.
+        cuts: where per-document placement cuts, when that is not at the ends of documents (padded packs).
         custom_mask: boolean [S, S] or [1 or B, 1, S, S], True where hidden; replaces all other rules.
     """
 
@@ -41,6 +42,7 @@ class SequenceLayout:
     future: int | None = 0
     boundaries: Boundaries | None = None
     restart_positions: bool = False
+    cuts: Boundaries | None = None
     custom_mask: Tensor | None = field(default=None, compare=False)
 
     @property
@@ -85,9 +87,8 @@ class SequenceLayout:
         return self.boundaries is not None and len(set(self.boundaries)) > 1
 
     def _boundaries_of(self, sample: int) -> tuple[int, ...] | None:
-        if self.placement != "document_zigzag" or self.boundaries is None:
-            return None
-        return self.boundaries[sample]
+        cuts = self.cuts or self.boundaries
+        return None if self.placement != "document_zigzag" or cuts is None else cuts[sample]
 
 
 @functools.lru_cache(maxsize=512)

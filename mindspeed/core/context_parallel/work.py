@@ -22,13 +22,13 @@ class AttentionOptions:
         dropout: probability and base seed; each tile derives its own seed from its place, so that the mask does not
             depend on which rank computes it.
         slopes: ALiBi slopes [N] fp32 of this rank's heads, or None.
-        root_distance: penalise the square root of the distance instead of the distance.
+        distance: what the slopes multiply: "absolute", "root" (of the absolute one) or "signed".
     """
 
     scale: float
     dropout: Dropout | None = None
     slopes: Tensor | None = None
-    root_distance: bool = False
+    distance: str = "absolute"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def plan_between(
             bias = None
             if options.slopes is not None:
                 places = positions_of(rows)[tile.rows], positions_of(columns)[tile.keys]
-                bias = AlibiBias(options.slopes, *places, options.root_distance)
+                bias = AlibiBias(options.slopes, *places, options.distance)
             scoring = Scoring(options.scale, tile.visible, bias, options.dropout)
             found.append(_seeded(Work(samples, tile.rows, tile.keys, scoring), rows, columns))
     return tuple(found)
@@ -111,22 +111,31 @@ class MaskBias:
         return torch.zeros(part.shape, device=part.device).masked_fill_(part, float("-inf"))
 
 
+DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "absolute": lambda difference: -difference.abs(),
+    "root": lambda difference: -difference.abs().sqrt(),
+    "signed": lambda difference: difference,
+}
+
+
 @dataclass(frozen=True)
 class AlibiBias:
-    """-slope x distance of global positions (or its square root), made part by part; arXiv 2108.12409."""
+    """Slope x distance of global positions, made part by part; arXiv 2108.12409.
+
+    The distance of query i and key j is -|i - j|, -sqrt|i - j| or j - i.
+    """
 
     slopes: Tensor
     query_positions: Tensor
     key_positions: Tensor
-    root: bool = False
+    distance: str = "absolute"
 
     def __call__(self, rows: range, keys: range) -> Tensor:
         """Additive fp32 bias [1, N, rows, keys]."""
         device = self.slopes.device
         query = self.query_positions[rows.start : rows.stop].to(device, torch.float32)
         key = self.key_positions[keys.start : keys.stop].to(device, torch.float32)
-        distance = (query[:, None] - key[None, :]).abs_()
-        return -self.slopes.view(1, -1, 1, 1) * (distance.sqrt_() if self.root else distance)
+        return self.slopes.view(1, -1, 1, 1) * DISTANCES[self.distance](key[None, :] - query[:, None])
 
 
 def forward_block(q: Tensor, k: Tensor, v: Tensor, work: tuple[Work, ...], total: Accumulator) -> list[object]:

@@ -104,12 +104,12 @@ def test_custom_masks(world, mask):
 
 
 @ranks(4)
-@pytest.mark.parametrize("root", [False, True])
-def test_alibi_distances_are_global(world, root):
+@pytest.mark.parametrize("distance", ["absolute", "root", "signed"])
+def test_alibi_distances_are_global(world, distance):
     layout = SequenceLayout(S, ring=4, boundaries=DOCUMENTS)
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
-    context = context_for(world, layout, options=AttentionOptions(0.3, slopes=slopes, root_distance=root), window=2)
-    bias = AlibiBias(slopes, torch.arange(S), torch.arange(S), root)(range(S), range(S))
+    context = context_for(world, layout, options=AttentionOptions(0.3, slopes=slopes, distance=distance), window=2)
+    bias = AlibiBias(slopes, torch.arange(S), torch.arange(S), distance)(range(S), range(S))
     assert_parity(lambda q, k, v: ring_attention(q, k, v, context), layout, world.rank, bias=bias)
 
 

@@ -1,0 +1,140 @@
+"""From batches to layouts: every micro batch gets the layout that its forward, and its recomputation, will see."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from mindspeed.core.context_parallel.documents import boundaries_of
+from mindspeed.core.context_parallel.groups import ContextGroups
+from mindspeed.core.context_parallel.layout import Boundaries, SequenceLayout, slice_batch
+from mindspeed.core.context_parallel.plan import ContextPlan
+from mindspeed.core.context_parallel.scope import layout_scope
+from mindspeed.core.transformer.flash_attention.generate_mask.generate_mask import STORE
+
+
+class _Pending(threading.local):
+    """Between reading a batch and running the model on it; the same thread does both."""
+
+    def __init__(self) -> None:
+        self.boundaries: Boundaries | None = None
+        self.layout: SequenceLayout | None = None
+        self.iterator: Any = None
+
+
+@dataclass
+class BatchLayouts:
+    """Makes the layout of each micro batch, cuts the batch by it, and opens its scope around the model.
+
+    Attributes:
+        plan, groups: how sequences are shared out.
+        eod: id of the end-of-document token when attention stays inside documents, else None; asked when needed.
+        restart_positions: positions count from 0 in each document.
+        tensor_group: tensor-parallel group, whose first rank alone reads data; asked when needed.
+    """
+
+    plan: ContextPlan
+    groups: ContextGroups
+    eod: Callable[[], int] | None = None
+    restart_positions: bool = False
+    tensor_group: Callable[[], ProcessGroup] | None = None
+    _pending: _Pending = field(default_factory=_Pending)
+
+    def note_documents(self, batch: MutableMapping[str, Any] | None) -> None:
+        """Find the documents of a batch that this tensor-parallel group has just read, on all of its ranks.
+
+        Args:
+            batch: with `tokens` [b, S] on the group's first rank.
+        """
+        if self.eod is None or self.tensor_group is None:
+            return
+        group = self.tensor_group()
+        shape = flat = None
+        if dist.get_rank(group) == 0:
+            assert batch is not None
+            boundaries = boundaries_of(batch["tokens"], self.eod())
+            shape, flat = [len(sample) for sample in boundaries], [end for sample in boundaries for end in sample]
+        if dist.get_world_size(group) > 1:
+            shape, flat = _broadcast_lists(group, shape, flat)
+        assert shape is not None and flat is not None
+        parts, offset = [], 0
+        for size in shape:
+            parts.append(tuple(flat[offset : offset + size]))
+            offset += size
+        self._pending.boundaries = tuple(parts)
+
+    def cut(self, batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        """This rank's share of a batch; keeps the order of its entries."""
+        length = _length_of(batch)
+        if length is None:
+            return batch
+        layout = self._take_layout(length)
+        self._pending.layout = layout
+        rank = 0 if self.groups.cp is None else dist.get_rank(self.groups.cp)
+        sliced = slice_batch(batch, layout, rank)
+        for key in batch:
+            batch[key] = sliced[key]
+        return batch
+
+    def _take_layout(self, length: int) -> SequenceLayout:
+        boundaries, self._pending.boundaries = self._pending.boundaries, None
+        return self.plan.layout(
+            length,
+            boundaries=boundaries,
+            restart_positions=self.restart_positions and boundaries is not None,
+            custom_mask=STORE.custom,
+        )
+
+    @contextmanager
+    def reading_from(self, data_iterator: Any) -> Iterator[None]:
+        """Make the iterator of the model chunk known while its forward step runs."""
+        before, self._pending.iterator = self._pending.iterator, data_iterator
+        try:
+            yield
+        finally:
+            self._pending.iterator = before
+
+    @contextmanager
+    def around_model(self, length: int | None = None) -> Iterator[None]:
+        """Open the scope of the micro batch at hand.
+
+        Args:
+            length: S, for a stage that does not read batches: it draws the next sample to learn its documents.
+        """
+        layout, self._pending.layout = self._pending.layout, None
+        if layout is None and self.eod is not None and length is not None and self._pending.iterator is not None:
+            first = self.tensor_group is None or dist.get_rank(self.tensor_group()) == 0
+            self.note_documents(next(self._pending.iterator) if first else None)
+            layout = self._take_layout(length)
+        with layout_scope(layout):
+            yield
+
+
+def _length_of(batch: MutableMapping[str, Any]) -> int | None:
+    """S of a batch."""
+    for key in ("tokens", "labels", "position_ids", "loss_mask"):
+        if isinstance(batch.get(key), Tensor):
+            return int(batch[key].shape[1])
+    return None
+
+
+def _broadcast_lists(group: ProcessGroup, *lists: list[int] | None) -> list[list[int]]:
+    """Lists of integers of a group's first rank, on all of its ranks."""
+    from mindspeed.platform import current
+
+    device, source = current().device(), dist.get_global_rank(group, 0)
+    counts = torch.tensor([0 if values is None else len(values) for values in lists], dtype=torch.int64, device=device)
+    dist.broadcast(counts, source, group=group)
+    total = int(counts.sum())
+    known = [value for values in lists for value in (values or ())]
+    flat = torch.tensor(known if len(known) == total else [0] * total, dtype=torch.int64, device=device)
+    dist.broadcast(flat, source, group=group)
+    return [part.tolist() for part in flat.cpu().split(counts.tolist())]

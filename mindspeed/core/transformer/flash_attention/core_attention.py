@@ -1,0 +1,174 @@
+"""The host's core attention, carried out by our kernels: what is visible, at which scale, with which dropout.
+
+Which mask applies, first match wins: one set with `set_attention_mask`, a tensor passed to the call, the layer's own
+type together with documents and band. What the layer declares is never overruled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mindspeed.core.attention import Dropout
+from mindspeed.core.context_parallel.context_attention import context_attention
+from mindspeed.core.context_parallel.groups import ContextGroups
+from mindspeed.core.context_parallel.layout import SequenceLayout
+from mindspeed.core.context_parallel.plan import ContextPlan
+from mindspeed.core.context_parallel.scope import current_layout
+from mindspeed.core.context_parallel.work import AttentionOptions
+from mindspeed.core.transformer.flash_attention.generate_mask.generate_mask import STORE
+
+CAUSAL_TYPES = ("causal", "padding_causal")
+
+
+@dataclass(frozen=True)
+class Band:
+    """Limits on what a row sees besides its layer's rule; None is no limit."""
+
+    past: int | None = None
+    future: int | None = None
+
+
+@dataclass(frozen=True)
+class CoreAttention:
+    """Everything that a run decides about core attention once.
+
+    Attributes:
+        plan, groups: how sequences are shared out.
+        band: from `--pre-tockens` and `--next-tockens`.
+        band_rules: the band decides about the future too (`--sparse-mode 4`).
+        slopes_of: number of heads over all tensor-parallel ranks -> ALiBi slopes of this rank, or None without ALiBi.
+        distance: what ALiBi slopes multiply, see `AlibiBias`.
+        rng_fork: scope in which attention dropout draws, from the host's tracker.
+    """
+
+    plan: ContextPlan
+    groups: ContextGroups
+    band: Band = Band()
+    band_rules: bool = False
+    slopes_of: Callable[[int, torch.device], Tensor] | None = None
+    distance: str = "absolute"
+    rng_fork: Callable[[], AbstractContextManager[Any]] | None = None
+
+    def __call__(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        packed: Any = None,
+    ) -> Tensor:
+        """Attention of one layer of the host.
+
+        Args:
+            module: the host's core attention: config, layer number, scale, mask type, dropout.
+            query: [s, b, n, d] (packed: [t, n, d]); key, value likewise with their heads.
+            attention_mask: bool, True where hidden, over the whole sequence; or None.
+            packed: the host's parameters of packed sequences, or None.
+
+        Returns:
+            [s, b, n dv] (packed: [t, n dv]).
+        """
+        if packed is not None:
+            query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
+        layout = self._layout(module, query, key, attention_mask, attn_mask_type, packed)
+        out = context_attention(
+            query,
+            key,
+            value,
+            plan=self.plan,
+            groups=self.groups,
+            layout=layout,
+            options=self._options(module, query),
+            layer_number=module.layer_number,
+        )
+        out = out.flatten(2)
+        return out.squeeze(1) if packed is not None else out
+
+    def _layout(
+        self, module: Any, query: Tensor, key: Tensor, attention_mask: Tensor | None, attn_mask_type: Any, packed: Any
+    ) -> SequenceLayout:
+        """The micro batch's layout with this layer's mask."""
+        if query.shape[0] != key.shape[0]:
+            raise ValueError(
+                f"core attention: {query.shape[0]} queries and {key.shape[0]} keys; cross attention is not supported"
+            )
+        length = query.shape[0] * self.plan.size
+        layout = self._packed_layout(length, packed) if packed is not None else current_layout()
+        if layout is None or layout.length != length:
+            layout = self.plan.layout(length, custom_mask=STORE.custom)
+        name = (attn_mask_type if attn_mask_type is not None else module.attn_mask_type).name
+        if layout.custom_mask is not None:
+            _check_mask("set_attention_mask", layout.custom_mask, length, query.shape[1])
+            return layout
+        if attention_mask is not None and name not in CAUSAL_TYPES:
+            _check_mask("attention_mask", attention_mask, length, query.shape[1])
+            return replace(layout, custom_mask=attention_mask)
+        past, future = self.band.past, self.band.future
+        if name in CAUSAL_TYPES and not self.band_rules:
+            future = min(0, future) if future is not None else 0
+        return replace(layout, past=past, future=future)
+
+    def _packed_layout(self, length: int, packed: Any) -> SequenceLayout:
+        """Documents of a packed batch; padding behind a document counts as a document of its own."""
+        real = packed.cu_seqlens_q.tolist()
+        padded_ends = getattr(packed, "cu_seqlens_q_padded", None)
+        padded = real if padded_ends is None else padded_ends.tolist()
+        if padded[-1] != length:
+            raise ValueError(f"packed sequences end at {padded[-1]}, but the batch has {length} tokens")
+        unit = 2 * self.plan.ring
+        for start, stop in zip(padded, padded[1:], strict=False):
+            if self.plan.size > 1 and (stop - start) % unit:
+                raise ValueError(
+                    f"a packed sequence of {stop - start} tokens must be padded to a multiple of {unit} (2 x ring size)"
+                )
+        lengths = [stop - start for start, stop in zip(real, real[1:], strict=False)]
+        inner = {start + size for start, size in zip(padded, lengths, strict=False)}
+        boundaries = tuple(sorted({0, length, *padded, *inner}))
+        cuts = tuple(sorted(set(padded)))
+        placement = "document_zigzag" if self.plan.ring > 1 else "contiguous"
+        layout = self.plan.layout(length, boundaries=(boundaries,))
+        return replace(layout, placement=placement, cuts=(cuts,))
+
+    def _options(self, module: Any, query: Tensor) -> AttentionOptions:
+        """Scale, dropout and slopes of this call."""
+        config = module.config
+        scale = module.softmax_scale
+        if config.apply_query_key_layer_scaling:
+            scale *= module.layer_number  # the host divides, and multiplies back inside its softmax
+        slopes = None
+        if self.slopes_of is not None:
+            slopes = self.slopes_of(config.num_attention_heads, query.device)
+        return AttentionOptions(float(scale), self._dropout(module), slopes, self.distance)
+
+    def _dropout(self, module: Any) -> Dropout | None:
+        """A fresh seed from the host's random state; only in training."""
+        probability = module.attention_dropout.p
+        if not module.training or probability == 0.0:
+            return None
+        if module.config.sequence_parallel or self.rng_fork is None:
+            return Dropout(probability, _draw_seed())
+        with self.rng_fork():
+            return Dropout(probability, _draw_seed())
+
+
+def _draw_seed() -> int:
+    """63 bits from the device's default generator, so that trackers and recomputation govern it."""
+    from mindspeed.platform import current
+
+    return int(torch.randint(0, 2**62, (), device=current().device()).item())
+
+
+def _check_mask(name: str, mask: Tensor, length: int, batch: int) -> None:
+    if mask.shape[-2:] != (length, length) or (mask.dim() == 4 and mask.shape[0] not in (1, batch)):
+        raise ValueError(
+            f"{name}: expected [{length}, {length}] or [1 or {batch}, 1, {length}, {length}] (the whole sequence), "
+            f"got {tuple(mask.shape)}"
+        )

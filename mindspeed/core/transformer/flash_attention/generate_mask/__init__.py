@@ -1,0 +1,1 @@
+"""One attention mask per process."""

@@ -1,0 +1,108 @@
+"""One attention mask per process, set by the user or generated, instead of one per micro batch from the data set.
+
+`set_attention_mask(mask)` applies to all following micro batches until it is changed or set to None: a custom mask
+replaces the causal rule of the layers. Without one nothing of size S x S exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COMPRESSED = 2048  # side of the template that vendor kernels take for causal and band masks
+
+
+class MaskStore:
+    """The mask in force, and the one that was generated last."""
+
+    def __init__(self) -> None:
+        self.custom: Tensor | None = None
+        self.generated: Tensor | None = None
+
+    def clear(self) -> None:
+        """Back to no mask."""
+        self.custom, self.generated = None, None
+
+
+STORE = MaskStore()
+
+
+def set_attention_mask(mask: Tensor | None) -> None:
+    """Use a mask for the following micro batches, on every rank the same; None goes back to the layers' own rule.
+
+    Args:
+        mask: bool [S, S] or [1 or b, 1, S, S] over the whole sequence, True where hidden.
+
+    Raises:
+        TypeError: not a boolean tensor.
+        ValueError: another shape.
+    """
+    if mask is None:
+        STORE.clear()
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"set_attention_mask: expected a bool tensor (True = hidden), got {given}")
+    square = mask.dim() in (2, 4) and mask.shape[-1] == mask.shape[-2] and (mask.dim() == 2 or mask.shape[1] == 1)
+    if not square:
+        raise ValueError(f"set_attention_mask: expected [S, S] or [1 or b, 1, S, S], got {tuple(mask.shape)}")
+    STORE.custom = mask
+
+
+def get_attention_mask(causal: bool = True, device: torch.device | str | None = None) -> Tensor | None:
+    """The user's mask, else the library's own causal template when the run is causal, else None."""
+    if STORE.custom is not None:
+        return STORE.custom
+    if not causal:
+        return None
+    return STORE.generated if STORE.generated is not None else generate_attention_mask(True, device)
+
+
+def generate_attention_mask(*arguments: Any, **named: Any) -> Tensor:
+    """Build and keep the library's own causal mask; it never counts as a custom mask.
+
+    Call as `generate_attention_mask(compress, device)` or, as older code does, `(args, compress, device)`.
+
+    Args:
+        compress: a [2048, 2048] template, enough for every length where a kernel takes one; else [S, S] with S and the
+            band (`pre_tockens`, `next_tockens`) from `args` (`seq_length`), or [b, 1, S, S] without flash attention.
+        device: where the mask lives; the platform's device by default.
+    """
+    args, compress, device = _arguments(*arguments, **named)
+    if compress:
+        mask = torch.ones(COMPRESSED, COMPRESSED, dtype=torch.bool, device=device).triu_(1)
+        mask.is_compressed_causal_mask = True  # type: ignore[attr-defined]
+    else:
+        mask = _band(args, device)
+    STORE.generated = mask
+    return mask
+
+
+def _arguments(*arguments: Any, **named: Any) -> tuple[Any, bool, torch.device]:
+    args = named.get("args")
+    if arguments and not isinstance(arguments[0], bool):
+        args, arguments = arguments[0], arguments[1:]
+    compress = arguments[0] if arguments else named.get("compress", True)
+    device = arguments[1] if len(arguments) > 1 else named.get("device")
+    if not compress and args is None:
+        raise ValueError("generate_attention_mask: compress=False needs args with seq_length")
+    if device is None:
+        from mindspeed.platform import current
+
+        device = current().device()
+    return args, bool(compress), torch.device(device)
+
+
+def _band(args: Any, device: torch.device) -> Tensor:
+    """[S, S] with the future, and what lies outside the band, hidden."""
+    length = args.seq_length
+    hidden = torch.ones(length, length, dtype=torch.bool, device=device)
+    past, future = getattr(args, "pre_tockens", None), getattr(args, "next_tockens", None) or 0
+    hidden.triu_(1 + future)
+    if past is not None and past < length:
+        hidden |= torch.ones_like(hidden).tril_(-past - 1)
+    if getattr(args, "use_flash_attn", True):
+        return hidden
+    return hidden.expand(args.micro_batch_size, 1, length, length)
