@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import importlib
 import importlib.util
-import logging
 import os
-import pkgutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,8 +18,6 @@ from mindspeed.errors import PlatformError
 if TYPE_CHECKING:
     from mindspeed.patching.ledger import Ledger
     from mindspeed.patching.patch import Patch
-
-logger = logging.getLogger(__name__)
 
 CAPABILITIES: dict[str, str] = {
     "graphs": "capture of a step as a device graph",
@@ -177,25 +172,17 @@ class Platform(abc.ABC):
         """Everything of torch that this platform replaces, for the ledger."""
         return iter(())
 
+    def training_patches(self) -> Iterator[Patch]:
+        """What this platform changes in megatron.training, for the host that has it."""
+        return iter(())
+
     def activate(self, ledger: Ledger) -> None:
-        """Register the device's kernels and apply its patches; a second call does nothing."""
+        """Apply the platform's patches; a second call does nothing. Kernels load at the first call that needs them."""
         from mindspeed.patching.plan import Plan
 
         owner = f"platform.{self.name}"
-        if not any(row.owner == owner for row in ledger.rows):
+        if not any(row.owner == owner and row.operation != "permanent" for row in ledger.rows):
             Plan.of(self.patches()).apply(ledger)
-        self.load_kernels()
-
-    def load_kernels(self) -> None:
-        """Import every file of the platform's kernel folder; each registers its bodies with torch."""
-        if not self.kernels:
-            return
-        try:
-            package = importlib.import_module(f"mindspeed.ops.kernels.{self.kernels}")
-            for module in pkgutil.iter_modules(package.__path__):
-                importlib.import_module(f"{package.__name__}.{module.name}")
-        except ImportError as error:
-            logger.warning("no fused kernels on platform %s, plain torch bodies are used: %s", self.name, error)
 
     def describe(self) -> str:
         """One line for the start-up log."""

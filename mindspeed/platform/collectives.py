@@ -27,32 +27,47 @@ _EXACT_IN_16_BIT = ("MAX", "MIN")
 class FinishingWork:
     """Handle of a collective whose result still has to be brought to the caller's tensors.
 
-    `finish` runs once, as soon as the collective has completed, whether or not anybody waits.
+    `finish` runs once, as soon as the collective has completed, whether or not anybody waits; where the backend's
+    handles know no futures, somebody has to wait or ask.
     """
 
     def __init__(self, work: Any, finish: Callable[[], None]) -> None:
         self._work = work
+        self._finish: Callable[[], None] | None = finish
+        try:
+            self._future = work.get_future().then(self._when_done)
+        except RuntimeError:  # not every work has a future
+            self._future = None
 
-        def when_done(future: Any) -> Any:
-            result = future.value()  # raises what the collective raised
+    def _when_done(self, future: Any) -> Any:
+        result = future.value()  # raises what the collective raised
+        self._bring()
+        return result
+
+    def _bring(self) -> None:
+        finish, self._finish = self._finish, None
+        if finish is not None:
             finish()
-            return result
-
-        self._finished = work.get_future().then(when_done)
 
     def wait(self, *args: Any, **options: Any) -> bool:
         """Wait for the collective and for its result to be in place."""
         self._work.wait(*args, **options)
-        self._finished.wait()
+        if self._future is not None:
+            self._future.wait()
+        self._bring()
         return True
 
     def is_completed(self) -> bool:
         """Whether the result is in place."""
-        return bool(self._finished.done())
+        if self._future is not None:
+            return bool(self._future.done())
+        if self._work.is_completed():
+            self._bring()
+        return self._finish is None
 
     def get_future(self) -> Any:
         """Future that completes when the result is in place."""
-        return self._finished
+        return self._work.get_future() if self._future is None else self._future
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mindspeed.errors import PlatformError
 from mindspeed.platform.base import MemoryStats, Platform
 from mindspeed.platform.collectives import all_reduce_in
 from mindspeed.platform.scope import scoped
@@ -122,8 +122,16 @@ class Npu(Platform):
 
     def activate(self, ledger: Ledger) -> None:
         """Import torch_npu's transfer first, which no ledger can undo, then apply what it leaves out."""
-        transfer_to_npu()
+        if transfer_to_npu() or not any(row.target == TRANSFER for row in ledger.rows):
+            ledger.note(TRANSFER, owner="platform.npu", reason="torch_npu's own retargeting of torch.cuda; stays after revert")
         super().activate(ledger)
+
+    def training_patches(self) -> Iterator[Patch]:
+        """megatron.training knows nccl and gloo only when it looks for the device of a signal."""
+        from mindspeed.patching.patch import wrap
+
+        target = "megatron.training.dist_signal_handler:get_device"
+        yield _owned(wrap(target, _device_of_signals, reason="the backend is hccl"))
 
     def patches(self) -> Iterator[Patch]:
         """Names of `torch.cuda` that the transfer leaves to CUDA, and the sums that HCCL lacks."""
@@ -153,7 +161,7 @@ def _zero(*_args: Any, **_options: Any) -> int:
 
 
 def _no_cudart(*_args: Any, **_options: Any) -> None:
-    raise RuntimeError("torch.cuda.cudart needs a CUDA device (platform npu); add --use-pytorch-profiler to --profile")
+    raise PlatformError("torch.cuda.cudart needs a CUDA device (platform npu); add --use-pytorch-profiler to --profile")
 
 
 def _all_reduce_fp64(original: Any, tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
@@ -163,12 +171,19 @@ def _all_reduce_fp64(original: Any, tensor: torch.Tensor, *args: Any, **options:
     return all_reduce_in(torch.float32, original, tensor, *args, **options)
 
 
-def transfer_to_npu() -> None:
-    """Import torch_npu's own retargeting of torch.cuda, with its banner reduced to one log line."""
+def _device_of_signals(original: Any, local_rank: int | None = None) -> torch.device:
+    """The device whose tensors the process group can gather."""
+    if "hccl" not in torch.distributed.get_backend():
+        device: torch.device = original(local_rank)
+        return device
+    return torch.device("npu") if local_rank is None else torch.device("npu", local_rank)
+
+
+def transfer_to_npu() -> bool:
+    """Import torch_npu's own retargeting of torch.cuda, with its banner reduced to one log line; False if it was there."""
     if TRANSFER in sys.modules:
-        return
-    filters = warnings.filters[:]
-    with contextlib.suppress(AttributeError), warnings.catch_warnings(record=True) as told:
+        return False
+    with warnings.catch_warnings(record=True) as told:  # drops the filter that the import sets for the whole process, too
         importlib.import_module(TRANSFER)
-    warnings.filters[:] = filters  # type: ignore[index]  # the import sets a filter of its own for the whole process
     logger.info("torch.cuda now means torch.npu (%s, %d notices; not undone by revert)", TRANSFER, len(told))
+    return True
