@@ -83,6 +83,7 @@ def level0_patches(platform: Platform) -> Iterator[Patch]:
 
 def training_patches(platform: Platform) -> Iterator[Patch]:
     """Repairs of megatron.training; only where a Megatron-LM checkout is the host."""
+    yield from platform.training_patches()
     for patch in fused_kernels.training_patches(platform):
         yield dataclasses.replace(patch, owner="repair.fused-kernels")
 
