@@ -25,14 +25,18 @@ _FACTORIES = (
 ).split()
 _TENSOR_METHODS = ("to", "new_tensor", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros")
 
+_NO_DEVICES = frozenset({type(None), torch.dtype, torch.Tensor, torch.nn.Parameter, bool})
+
 
 def on_cpu(device: Any) -> Any:
     """The CPU for any name of a CUDA device; everything else unchanged."""
+    if type(device) in _NO_DEVICES:
+        return device
     if isinstance(device, str):
         return "cpu" if device.startswith("cuda") else device
     if isinstance(device, torch.device):
         return torch.device("cpu") if device.type == "cuda" else device
-    if isinstance(device, int) and not isinstance(device, bool):
+    if isinstance(device, int):
         return torch.device("cpu")
     return device
 
@@ -59,20 +63,20 @@ def patches() -> Iterator[Patch]:
 
 def _with_device(original: Callable[..., Any]) -> Callable[..., Any]:
     """`original` with device and pin_memory arguments brought to the CPU; the common case costs two lookups."""
-    positional = getattr(original, "__name__", "") in ("to", "set_default_device")
-    first = 0 if original.__name__ == "set_default_device" else 1  # 1: after the tensor or module
+    name = original.__name__
+    place = {"to": 1, "set_default_device": 0}.get(name, sys.maxsize)  # of a device among the positional arguments
 
     @functools.wraps(original)
     def shim(*args: Any, **options: Any) -> Any:
-        changed = _changed(options) if options else None
-        device = args[first] if positional and len(args) > first else None
-        moved = device if device is None else on_cpu(device)
+        changed = _changed(options) if "device" in options or "pin_memory" in options else None
+        device = args[place] if len(args) > place else None
+        moved = on_cpu(device)
         if changed is None and moved is device:
             return original(*args, **options)
         if not is_compiling() and decided_by_torch(sys._getframe(1)):
             return original(*args, **options)
         if moved is not device:
-            args = (*args[:first], moved, *args[first + 1 :])
+            args = (*args[:place], moved, *args[place + 1 :])
         return original(*args, **(options if changed is None else changed))
 
     marked: Callable[..., Any] = mark(shim, original)
