@@ -108,6 +108,7 @@ def generate_state_dict(
         state[key] = chunk.sharded_state_dict() if sharded else chunk.state_dict_for_save_checkpoint()
     if optimizer is not None and not optimizer.is_stub_optimizer:
         options = optimizer_options or {}
+        _fill_untouched(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(state, **options) if sharded else optimizer.state_dict()
     if opt_param_scheduler is not None:
         state["opt_param_scheduler"] = opt_param_scheduler.state_dict()
@@ -116,6 +117,17 @@ def generate_state_dict(
     if rng_state is not None:
         state["rng_state"] = rng_state
     return state
+
+
+def _fill_untouched(optimizer: Any) -> None:
+    """Give an optimizer that has not stepped yet (fp16: every update skipped so far) its zero moments.
+
+    A checkpoint without them could not be loaded: loading asks for the moments of every parameter.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(part, "optimizer", None)
+        if inner is not None and not inner.state and getattr(part, "init_state_fn", None) is not None:
+            part.init_state_fn(inner, part.config)
 
 
 def layout_of(args: argparse.Namespace) -> tuple[int, int]:

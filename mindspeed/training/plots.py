@@ -41,6 +41,7 @@ def loss_curve(history: History, path: Path, title: str = "") -> Path | None:
         ha="right",
         color=_TRAIN,
     )
+    loss_axes.margins(y=0.12)
     loss_axes.set_ylabel("loss (nats per token)")
     loss_axes.legend(frameon=False)
     rate_axes.plot(steps, [point.learning_rate for point in train], color=_RATE)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ def guarded(work: Callable[[], Any]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for handler in logging.getLogger().handlers:
         handler.addFilter(_worth_reading)
+    # megatron-core asks every parameter for its gradient, also the distributed optimizer's shards, which are views
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     faulthandler.enable()
     _follow_launcher()
     try:

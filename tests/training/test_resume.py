@@ -48,6 +48,17 @@ def test_one_rank(case, tmp_path):
     resumed_like_uninterrupted(flags.replace("--train-iters 3", "") if case == "ramp" else flags + FOUR, tmp_path)
 
 
+def test_before_the_first_update(tmp_path):
+    """The loss scale starts so high that no step has changed a weight when the checkpoint is written."""
+    flags = f"{DROPOUT} {FOUR} --fp16 --initial-loss-scale 1e30 --data-cache-path {tmp_path}/cache"
+    whole = train(flags)
+    saving = f"--save {tmp_path}/ckpt --save-interval 100"
+    first = train(f"{flags} {saving} --exit-interval 2")
+    second = train(f"{flags} {saving} --load {tmp_path}/ckpt")
+    assert first.timeless + second.timeless == whole.timeless
+    assert [line["skipped"] for line in second.lines] == ["1", "1"]
+
+
 TWO_RANKS = {
     "distributed-overlaps": "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 100000",
     "distributed-torch": "--use-distributed-optimizer --ckpt-format torch",
