@@ -53,9 +53,16 @@ def run_case(case: Case, run: Run) -> dict[str, Any]:
         }
     except Exception as error:
         traceback.print_exc()
-        return entry_without_figures(case, "failed", f"{type(error).__name__}: {error}"[:500])
+        return entry_without_figures(case, "failed", _one_line(error))
     busy = case.clock == "wall" and max(load_before, os.getloadavg()[0]) > (os.cpu_count() or 1) / 2
     return report_entry(case, figures, busy=busy)
+
+
+def _one_line(error: Exception) -> str:
+    """Kind of error, and first and last line of its text (a subprocess' traceback ends with what matters)."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}" if lines else ""
+    return f"{type(error).__name__}: {text}"[:400]
 
 
 def run_by_id(world: Any, modules: list[str], case_id: str, run: Run) -> dict[str, Any]:

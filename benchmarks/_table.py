@@ -41,8 +41,12 @@ def show_results(console: Console, group: str, entries: list[dict[str, Any]]) ->
         spread = "" if entry["spread"] is None else f"{entry['spread']:.0%}"
         ours = "" if entry["ours"] is None else f"{number(entry['ours'])} {entry['unit']}"
         row = [entry["id"], ours, number(entry["floor"]), number(entry["fraction"]), *peers]
-        table.add_row(*row, number(entry["must"]), number(entry["aim"]), spread, _verdict(entry))
+        colour = _COLOURS[entry["verdict"]]
+        table.add_row(*row, number(entry["must"]), number(entry["aim"]), spread, f"[{colour}]{entry['verdict']}[/]")
     console.print(table)
+    for entry in entries:
+        if entry["reason"]:
+            console.print(f"{entry['id']} {entry['verdict']}: {entry['reason']}", markup=False, highlight=False)
 
 
 def show_comparison(console: Console, rows: list[dict[str, Any]]) -> None:
@@ -67,12 +71,6 @@ def _peer(peer: dict[str, Any] | None) -> str:
     if peer is None:
         return ""
     return f"×{peer['ratio']:.2f}" if peer["ratio"] is not None else f"[dim]{peer['status']}[/]"
-
-
-def _verdict(entry: dict[str, Any]) -> str:
-    verdict = entry["verdict"]
-    text = f"[{_COLOURS[verdict]}]{verdict}[/]"
-    return f"{text}: {entry['reason']}" if entry["reason"] else text
 
 
 def plot_group(directory: Path, group: str, entries: list[dict[str, Any]]) -> Path | None:

@@ -104,7 +104,8 @@ def test_cases_that_cannot_run_say_why(cases):
 
 
 def test_a_hanging_case_is_killed_with_its_stack(cases, capsys):
-    entry = command.run_apart(cases["fake.hang"], [FAKE], Run(timeout=2))
+    assert command.run_apart(cases["fake.counted"], [FAKE], RUN)["verdict"] == "ok", "and the process is warm now"
+    entry = command.run_apart(cases["fake.hang"], [FAKE], Run(timeout=3))
     assert entry["verdict"] == "hung"
     assert "in hang" in capsys.readouterr().err
     assert command.run_apart(cases["fake.counted"], [FAKE], RUN)["verdict"] == "ok"

@@ -1,0 +1,214 @@
+"""Whole training steps: what our trainer costs over bare megatron-core calls, and what features gain."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from benchmarks._case import Check, Paired, Run, case
+
+STEPS = 6  # per round and contender; the first one is a warm-up
+
+
+@case("step.trainer", feature="trainer", metric="ratio", against="megatron-core calls", must=1 / 1.03, aim=1.0, preset="smoke")
+def trainer_overhead(run: Run) -> Paired:
+    """A step of the built-in trainer beside the same step written by hand, h=256, S=256."""
+    return _trainer_beside_calls(hidden=256, length=256)
+
+
+@case("step.python", feature="trainer", metric="ratio", against="megatron-core calls", must=1 / 1.05, aim=1.0)
+def python_overhead(run: Run) -> Paired:
+    """The same at toy size, h=64, S=32, where only Python counts."""
+    return _trainer_beside_calls(hidden=64, length=32)
+
+
+def _trainer_beside_calls(hidden: int, length: int) -> Paired:
+    trainer, calls = _train(hidden, length), _call_by_hand(hidden, length)
+    error = max(abs(a - b) / abs(b) for a, b in zip(trainer.losses, calls.losses, strict=True))
+    return Paired(
+        round=lambda: {
+            "ours": _train(hidden, length).seconds,
+            "megatron-core calls": _call_by_hand(hidden, length).seconds,
+        },
+        check=Check(error, 1e-6, "losses of all steps"),
+        workload={"layers": 4, "hidden": hidden, "seq": length, "micro batches": 4, "dtype": "fp32"},
+    )
+
+
+class _Steps:
+    """Losses, and CPU seconds of the steps after the first."""
+
+    def __init__(self, losses: list[float], moments: list[float]) -> None:
+        self.losses = losses
+        durations = [later - earlier for earlier, later in zip(moments, moments[1:], strict=False)]
+        self.seconds = statistics.median(durations[1:])
+
+
+def _train(hidden: int, length: int) -> _Steps:
+    """The built-in trainer in this process; a step lasts from one `step_begin` to the next, logging included."""
+    import mindspeed
+    from mindspeed.testing.parity import VOCABULARY, tiny_flags
+    from mindspeed.testing.tiny_data import provider_for
+    from mindspeed.testing.whole_weights import fill
+    from mindspeed.training import model, pretraining
+
+    losses: list[float] = []
+    moments: list[float] = []
+    sizes = f"--hidden-size {hidden} --seq-length {length} --max-position-embeddings {length}"
+
+    def provide(pre_process: bool = True, post_process: bool = True) -> torch.nn.Module:
+        chunk = model.model_provider(pre_process, post_process)
+        fill(chunk)
+        events = mindspeed.runtime().host.events
+        events.on("step_begin", lambda iteration: moments.append(time.process_time()))
+        events.on("log_line", lambda metrics: losses.append(metrics["lm loss"]))
+        return chunk
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        pretraining.pretrain(
+            provider_for(length, VOCABULARY - 1), model_provider=provide, argv=tiny_flags(sizes, STEPS, "trainer")
+        )
+    return _Steps(losses, moments)
+
+
+def _call_by_hand(hidden: int, length: int) -> _Steps:
+    import mindspeed
+    from mindspeed.testing.tiny_gpt import TinyGpt, TinyTraining
+
+    moments = []
+    with mindspeed.enabled(), _parallel_state_gone_after(), contextlib.redirect_stdout(io.StringIO()):
+        training = TinyTraining(TinyGpt(hidden_size=hidden, seq_length=length))
+        for _ in range(STEPS):
+            moments.append(time.process_time())
+            training.step()
+    return _Steps(training.losses, moments)
+
+
+@contextlib.contextmanager
+def _parallel_state_gone_after() -> Iterator[None]:
+    from megatron.core import parallel_state, rerun_state_machine
+
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        rerun_state_machine.destroy_rerun_state_machine()
+
+
+GPT4 = {"layers": 4, "hidden": 512, "heads": 8, "ffn": 1408, "vocabulary": 8192, "length": 2048}
+FLASH = {"use_flash_attn": True}
+
+
+@case("step.gpt4.fp32", feature="flash-attention", metric="ratio", against="host", must=2.0, aim=2.25)
+def gpt4_fp32(run: Run) -> Paired:
+    """Forward and backward of 4 layers, h=512, S=2048 in fp32, with --use-flash-attn."""
+    return _Gpt4Rounds(torch.float32, FLASH, run).paired()
+
+
+@case("step.gpt4.bf16", feature="flash-attention", metric="ratio", against="host", must=2.5, aim=3.5)
+def gpt4_bf16(run: Run) -> Paired:
+    """The same in bf16."""
+    return _Gpt4Rounds(torch.bfloat16, FLASH, run).paired()
+
+
+class _Gpt4Rounds:
+    """Rounds of forward and backward through the host's model with and without features, and through plain torch."""
+
+    def __init__(self, dtype: torch.dtype, flags: Mapping[str, Any], run: Run) -> None:
+        self.dtype = dtype
+        self.flags = flags
+        generator = torch.Generator().manual_seed(1)
+        self.tokens, self.labels = (
+            torch.randint(0, GPT4["vocabulary"], (1, GPT4["length"]), generator=generator) for _ in range(2)
+        )
+        self.peers: dict[str, Callable[[], Any]] = {}
+        if run.wants_peer("torch"):
+            self.peers["torch"] = self._torch_model()
+        if run.wants_peer("torch.compile"):
+            self.peers["torch.compile"] = torch.compile(self._torch_model())
+
+    def paired(self) -> Paired:
+        """Check ours against the host, then offer the rounds."""
+        ours, host = self._megatron(self.flags)[1], self._megatron({})[1]
+        error = max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, host, strict=True))
+        tolerance = 1e-4 if self.dtype == torch.float32 else 5e-2
+        return Paired(
+            round=self.round,
+            check=Check(error, tolerance, "relative norm of the difference of loss and gradients"),
+            workload={**GPT4, "dtype": str(self.dtype).removeprefix("torch."), "flags": dict(self.flags)},
+            versions=dict.fromkeys(self.peers, torch.__version__),
+        )
+
+    def round(self) -> dict[str, float]:
+        """CPU seconds of one forward and backward of each contender, after one that warms up."""
+        costs = {"ours": self._megatron(self.flags)[0], "host": self._megatron({})[0]}
+        for name, model in self.peers.items():
+            costs[name] = _second_call(lambda model=model: model(self.tokens, self.labels).backward())
+        return costs
+
+    def _megatron(self, flags: Mapping[str, Any]) -> tuple[float, list[torch.Tensor]]:
+        """Seconds, and loss with the gradients of embedding and first layer."""
+        import mindspeed
+
+        shape = {
+            "num_layers": GPT4["layers"], "hidden_size": GPT4["hidden"], "num_attention_heads": GPT4["heads"],
+            "seq_length": GPT4["length"], "micro_batch_size": 1,
+        }  # fmt: skip
+        with mindspeed.enabled(**shape, **flags), _parallel_state_gone_after(), contextlib.redirect_stdout(io.StringIO()):
+            model = self._megatron_model()
+            positions = torch.arange(GPT4["length"]).unsqueeze(0)
+            kept: list[torch.Tensor] = []
+
+            def step() -> None:
+                model.zero_grad(set_to_none=True)
+                loss = model(self.tokens, positions, None, labels=self.labels).float().mean()
+                loss.backward()
+                kept[:] = [loss.detach().reshape(1)]
+
+            seconds = _second_call(step)
+            gradients = [parameter.grad.float() for parameter in list(model.parameters())[:3] if parameter.grad is not None]
+        return seconds, kept + gradients
+
+    def _megatron_model(self) -> torch.nn.Module:
+        from megatron.core import parallel_state, tensor_parallel
+        from megatron.core.models.gpt import GPTModel
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+        from megatron.core.transformer import TransformerConfig
+
+        from mindspeed.testing.whole_weights import fill
+
+        parallel_state.initialize_model_parallel()
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        config = TransformerConfig(
+            num_layers=GPT4["layers"], hidden_size=GPT4["hidden"], num_attention_heads=GPT4["heads"],
+            ffn_hidden_size=GPT4["ffn"], gated_linear_unit=True, activation_func=torch.nn.functional.silu,
+            normalization="RMSNorm", add_bias_linear=False, attention_dropout=0.0, hidden_dropout=0.0,
+            bf16=self.dtype == torch.bfloat16, params_dtype=self.dtype, attention_softmax_in_fp32=False,
+            bias_activation_fusion=True, bias_dropout_fusion=True, masked_softmax_fusion=True,
+        )  # fmt: skip
+        model = GPTModel(
+            config=config, transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+            vocab_size=GPT4["vocabulary"], max_sequence_length=GPT4["length"], position_embedding_type="rope",
+            share_embeddings_and_output_weights=True,
+        )  # fmt: skip
+        fill(model)
+        return model.to(self.dtype)
+
+    def _torch_model(self) -> torch.nn.Module:
+        from benchmarks.peers.torch_gpt import TorchGpt
+
+        return TorchGpt(**GPT4).to(self.dtype)
+
+
+def _second_call(step: Callable[[], Any]) -> float:
+    """CPU seconds of the second of two calls."""
+    step()
+    start = time.process_time()
+    step()
+    return time.process_time() - start
