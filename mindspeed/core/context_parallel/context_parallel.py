@@ -80,7 +80,7 @@ def _comm_type(run: RunShape) -> str | None:
         return None
     given = run.cp_comm_type
     kinds = {given} if isinstance(given, str) else set(given)
-    return kinds.pop() if len(kinds) == 1 else "+".join(sorted(kinds))
+    return kinds.pop() if len(kinds) == 1 else ", ".join(sorted(kinds))
 
 
 def _from_comm_type(run: RunShape) -> str | None:
