@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -55,7 +58,7 @@ def _with_gradients(function: Callable, inputs: Sequence[object], gradients: boo
     roots = [output for output in outputs if output.requires_grad]
     if leaves and roots:
         generator = torch.Generator().manual_seed(97)
-        weights = [torch.randn(root.shape, generator=generator, dtype=torch.float64).to(root) for root in roots]
+        weights = [torch.randn(root.shape, generator=generator, dtype=torch.float64, device="cpu").to(root) for root in roots]
         got = torch.autograd.grad(roots, list(leaves.values()), weights)
         found |= {f"gradient of input {index}": grad for index, grad in zip(leaves, got, strict=True)}
     return found
@@ -116,3 +119,26 @@ def layouts(value: Tensor) -> Iterator[tuple[str, Tensor]]:
     spread = torch.full((*value.shape, 2), float("nan") if value.is_floating_point() else -1, dtype=value.dtype)
     spread[..., 0] = value
     yield "strided", spread[..., 0]
+
+
+COLLECTIVES = ("all_reduce", "all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
+
+
+@contextlib.contextmanager
+def counted_collectives() -> Iterator[list[str]]:
+    """The names of the collectives called in the block, in order, also inside operators where no dispatch mode looks."""
+    seen: list[str] = []
+
+    def watched(name: str) -> Callable:
+        original = getattr(dist, name)
+
+        def call(*args: object, **kwargs: object) -> object:
+            seen.append(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for name in COLLECTIVES:
+            stack.enter_context(mock.patch.object(dist, name, watched(name)))
+        yield seen

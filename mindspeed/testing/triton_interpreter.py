@@ -21,9 +21,31 @@ def triton_interpreter(choices: str, *, seconds: float = 60.0) -> Callable[[Call
     """Decorate a test so that its body runs under the interpreter with `choices` in the notation of `MINDSPEED_OPS`."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        return shipped(function, _process, unavailable, set(), seconds=seconds, around=("mindspeed.ops:backends", choices))
+        test = shipped(function, _process, unavailable, set(), seconds=seconds, around=("mindspeed.ops:backends", choices))
+        test.choices = choices  # type: ignore[attr-defined]
+        return test
 
     return decorate
+
+
+def on_cuda(test: Callable[..., None]) -> Callable[..., None]:
+    """The same test with compiled kernels on the GPU at hand, in this process; marked `cuda`."""
+    import pytest
+
+    body, choices = test.__wrapped__, test.choices  # type: ignore[attr-defined]
+
+    @functools.wraps(body)
+    def compiled(*args: object, **kwargs: object) -> None:
+        import torch
+
+        from mindspeed.ops import backends
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs an NVIDIA GPU; bash scripts/gpu_check.sh runs these tests")
+        with torch.device("cuda"), backends(choices):
+            body(*args, **kwargs)
+
+    return pytest.mark.cuda(compiled)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ def normal(*shape, dtype=torch.float32, grad=True):
 def ran_triton(*names):
     from mindspeed.ops import backend_report
 
-    report = backend_report("cpu")
+    report = backend_report(torch.get_default_device().type)
     assert {name: report[name].kernel for name in names} == dict.fromkeys(names, "triton"), report
 
 

@@ -31,8 +31,13 @@ class Build:
     options: dict[str, int] = field(default_factory=dict)
 
 
-def triton_body(name: str, *, declines: Callable[..., str | None] | None = None, npu: bool = False) -> Callable:
-    """Register a Triton body for operator `name`: on CUDA; on CPU under the interpreter; with `npu`, on request there too."""
+def triton_body(
+    name: str, *, declines: Callable[..., str | None] | None = None, npu: bool = False, first: bool = False
+) -> Callable:
+    """Register a Triton body for operator `name`: on CUDA; on CPU under the interpreter; with `npu`, on request there too.
+
+    first: tried before the bodies that are registered with the operator; else after them.
+    """
 
     def decline(*args: object, **kwargs: object) -> str | None:
         if any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args):
@@ -41,7 +46,7 @@ def triton_body(name: str, *, declines: Callable[..., str | None] | None = None,
 
     def register(body: Callable) -> Callable:
         guarded = _on_device_of_arguments(body)
-        register_kernel(name, "triton", devices=("cuda",), declines=decline)(guarded)
+        register_kernel(name, "triton", devices=("cuda",), declines=decline, first=first)(guarded)
         on_request = (("cpu",) if INTERPRETED else ()) + (("npu",) if npu else ())
         register_kernel(name, "triton", devices=on_request, declines=decline, opt_in=True)(body)
         return body
