@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +98,7 @@ class _Watch:
 
     def __init__(self, events: Events) -> None:
         self._events = events
-        self._announced: list[Any] = []  # model chunks; held so that an id is not used twice
+        self._announced: list[weakref.ref[Any]] = []
         self._steps = 0
         self._in_step = False
 
@@ -130,9 +131,9 @@ class _Watch:
 
     def _announce(self, chunks: Iterable[Any]) -> None:
         """Tell of model chunks that nobody was told of."""
-        new = [chunk for chunk in chunks if not any(chunk is known for known in self._announced)]
+        new = [chunk for chunk in chunks if not any(chunk is known() for known in self._announced)]
         if new:
-            self._announced += new
+            self._announced += map(weakref.ref, new)
             self._events.fire("model_built", model=new)
 
     def _model_is_wrapped(self, original: Callable[..., Any], ddp: Any, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mindspeed.patching.resolve import MISSING
+from mindspeed.patching.resolve import MISSING, Missing
 
 # Libraries that must keep the truth about themselves, or that cannot hold references to a host.
 _LEFT_ALONE = frozenset(
@@ -100,6 +100,13 @@ class DefaultPlace(Place):
             self.container.__kwdefaults__[self.key] = value
 
 
+# Objects that many hold without meaning the same thing by it.
+_SHARED_BY_CHANCE = (
+    *(type(None), bool, int, float, complex, str, bytes, tuple, frozenset),
+    *(types.ModuleType, Missing),
+)
+
+
 def scanned_modules() -> Iterator[types.ModuleType]:
     """Every loaded module whose references are re-pointed: the host, `__main__` and the user's and third-party code."""
     seen: set[int] = set()
@@ -131,7 +138,7 @@ def find(objects: Iterable[Any]) -> dict[int, list[Place]]:
 
 def can_have_aliases(value: Any) -> bool:
     """Whether identity says anything: two names bound to 0 or None have nothing to do with each other."""
-    return not isinstance(value, (type(None), bool, int, float, complex, str, bytes, tuple, frozenset, type(MISSING)))
+    return not isinstance(value, _SHARED_BY_CHANCE)
 
 
 def _references(module: types.ModuleType, wanted: set[int]) -> Iterator[tuple[Any, Place]]:

@@ -82,6 +82,8 @@ def _dressed(function: Callable[..., Any], original: Any, found: Resolved) -> An
     """Give `function` the original's looks, and a name under which pickle finds it where the original had one."""
     functools.update_wrapper(function, original)
     setattr(function, _ORIGINAL, original)
+    for mark in [name for name in vars(function) if name.startswith("_torchdynamo")]:
+        delattr(function, mark)  # torch.compile would look through the patch at what it says is inside
     if not _reachable(original):
         function.__module__ = found.module
         function.__qualname__ = found.target.partition(":")[2]

@@ -1,6 +1,6 @@
 """Noticing that the host's code is not the code our patches were written for.
 
-`host_fingerprints.json` holds, for every function and class of the modules that our patches name, a hash of
+`host_fingerprints.json` holds, for every function and class that training uses, a hash of
 the signature and one of the body as they are in the supported version (docstrings, annotations and layout
 left out). A changed signature is an error; a changed body is one warning, since researchers edit their host,
 or an error with MINDSPEED_STRICT_HOST=1.
@@ -18,7 +18,6 @@ import inspect
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -32,6 +31,11 @@ from mindspeed.patching.resolve import Resolved
 _log = logging.getLogger(__name__)
 TABLE = Path(__file__).with_name("host_fingerprints.json")
 STRICT = "MINDSPEED_STRICT_HOST"
+_PACKAGES = ("megatron.core", "megatron.training", "megatron.legacy.fused_kernels")
+_LEFT_OUT = tuple(
+    "inference export ssm tokenizers models/retro models/vision models/bert models/T5 models/multimodal models/mamba "
+    "models/huggingface models/mimo datasets/retro datasets/bert datasets/t5 datasets/masked datasets/multimodal".split()
+)
 _RECORD = "python -m mindspeed.patching.fingerprints --record"
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -153,6 +157,14 @@ def drift_of(found: Resolved) -> Drift | None:
     return Drift(found.target, in_signature, f"{value.__qualname__}{_signature(value)}" if in_signature else "")
 
 
+def known(found: Resolved) -> str:
+    """Fingerprint of a target as it is now, for the ledger; empty for what is not in the table."""
+    value = inspect.unwrap(original_of(found.value)) if callable(original_of(found.value)) else None
+    if getattr(value, "__qualname__", "") not in recorded().get(getattr(value, "__module__", None) or "", {}):
+        return ""
+    return str(of_object(value) or "")
+
+
 def _signature(value: Any) -> str:
     try:
         return str(inspect.signature(value))
@@ -182,21 +194,17 @@ def report(drifts: Iterable[tuple[str, Drift]], supported: str) -> list[str]:
     return fatal
 
 
-def named_modules(root: Path) -> list[str]:
-    """Host modules that our sources name in targets; for a package, the modules directly in it."""
-    names: set[str] = set()
-    for path in root.rglob("*.py"):
-        names.update(re.findall(r"megatron\.(?:core|training|legacy)(?:\.[a-z_0-9]+)+", path.read_text(encoding="utf-8")))
-    found: set[str] = set()
-    for name in names:
-        while name.count(".") > 1 and _source_path(name) is None:
-            name = name.rpartition(".")[0]  # the dotted form of a target ends in names that are no modules
-        path_of = _source_path(name)
-        if path_of is not None:
-            found.add(name)
-            if path_of.name == "__init__.py":
-                found.update(f"{name}.{sibling.stem}" for sibling in path_of.parent.glob("*.py") if sibling != path_of)
-    return sorted(found)
+def covered_modules() -> Iterator[tuple[str, Path]]:
+    """Modules of the host that training uses, with their files; new patches find their targets in the table already."""
+    for package in _PACKAGES:
+        init = _source_path(package)
+        if init is None:
+            continue
+        for path in init.parent.rglob("*.py"):
+            below = path.relative_to(init.parent).as_posix()
+            if not below.startswith(_LEFT_OUT):
+                name = f"{package}.{below.removesuffix('.py').replace('/', '.')}"
+                yield name.removesuffix(".__init__"), path
 
 
 def _source_path(module: str) -> Path | None:
@@ -207,14 +215,12 @@ def _source_path(module: str) -> Path | None:
     return Path(spec.origin) if spec is not None and spec.origin and spec.origin.endswith(".py") else None
 
 
-def record(root: Path = TABLE.parent.parent) -> dict[str, Any]:
+def record() -> dict[str, Any]:
     """The table for the installed host; modules that are not installed keep their present entries."""
     table: dict[str, dict[str, str]] = dict(recorded())
-    for module in named_modules(root):
-        path = _source_path(module)
-        if path is not None:
-            prints = of_source(path.read_text(encoding="utf-8"))
-            table[module] = {name: str(prints[name]) for name in sorted(prints)}
+    for module, path in covered_modules():
+        prints = of_source(path.read_text(encoding="utf-8"))
+        table[module] = {name: str(prints[name]) for name in sorted(prints)}
     return {"host": "megatron-core 0.12.1", "modules": {name: table[name] for name in sorted(table) if table[name]}}
 
 

@@ -109,7 +109,9 @@ class Plan:
                 ledger.revert_rows(made, force=True)
                 raise
         for patch in self.superseded:
-            _log.info("%s of %s by %s gives way to another feature", patch.operation.value, patch.target, patch.owner)
+            _log.warning(
+                "%s of %s by %s gives way to a feature that supersedes it", patch.operation.value, patch.target, who(patch)
+            )
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[Ledger]:
@@ -242,6 +244,7 @@ def _row_for(step: Step, ledger: Ledger) -> Row:
         owner=patch.owner,
         flag=patch.flag,
         reason=patch.reason,
+        fingerprint=fingerprints.known(step.found),
         calls=0 if countable else None,
         advice=patch.value,
         base=step.base,

@@ -467,6 +467,16 @@ def test_method_patches_that_would_be_lost_are_refused(toy):
     Plan.of([owned(replace(f"{TOY}:Base", Polite), "a", "--a"), method])
 
 
+def test_compiled_functions_are_not_looked_through(toy, ledger):
+    toy.double._torchdynamo_orig_callable = abs
+    try:
+        apply(ledger, wrap(f"{TOY}:double", plus_one))
+        assert not hasattr(toy.double, "_torchdynamo_orig_callable") and toy.double(1) == 3
+        ledger.revert()
+    finally:
+        del toy.double._torchdynamo_orig_callable
+
+
 # --- undo and rollback ------------------------------------------------------------------------------------
 
 
