@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -88,7 +89,8 @@ class ArgumentHooks:
         runtime.deactivate()
         allow_one_connection(runtime.platform.name)
         given = frozenset(getattr(args, "given_flags", ()))
-        active = runtime.settle(args, given)
+        with quiet_unless_first():
+            active = runtime.settle(args, given)
         with self._holding_prints(), activation.overridden(args, active, platform=runtime.platform.name):
             validated = original(args, defaults or {})
         validated.mindspeed = args.mindspeed
@@ -129,3 +131,16 @@ class ArgumentHooks:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
+
+
+@contextlib.contextmanager
+def quiet_unless_first() -> Iterator[None]:
+    """Let the other ranks' lines about derived values stay out of the log: they are the same everywhere."""
+    logger = logging.getLogger("mindspeed")
+    level = logger.level
+    if _rank() != 0:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

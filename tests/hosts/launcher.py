@@ -7,13 +7,15 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 IMPORT_LINE = "import mindspeed.megatron_adaptor\n"
-_LOSS = re.compile(r" iteration +(\d+)/.*?\| lm loss: (\S+) \|(?: loss scale: (\S+) \|)?(?: grad norm: (\S+) \|)?")
+_LINE = re.compile(r" iteration +(\d+)/.*")
+_LOSS = re.compile(r"\| lm loss: (\S+) \|")
+_NORM = re.compile(r"\| grad norm: (\S+) \|")
 _SKIPPED = re.compile(r" iteration +(\d+)/.*number of skipped iterations: +(\d+)")
 
 
@@ -36,19 +38,14 @@ class Run:
         return "\n".join(self.logs)
 
     @property
-    def losses(self) -> list[str]:
-        """Printed losses by iteration, as text."""
-        return [match.group(2) for match in _LOSS.finditer(self.log)]
-
-    @property
-    def grad_norms(self) -> list[str]:
-        """Printed gradient norms by iteration, as text."""
-        return [match.group(4) for match in _LOSS.finditer(self.log)]
-
-    @property
     def curve(self) -> dict[int, tuple[str, str]]:
-        """Iteration -> (loss, gradient norm), as printed."""
-        return {int(match.group(1)): (match.group(2), match.group(4)) for match in _LOSS.finditer(self.log)}
+        """Iteration -> (loss, gradient norm), as printed; steps that were skipped print no loss."""
+        curve = {}
+        for line in _LINE.finditer(self.log):
+            loss, norm = _LOSS.search(line.group()), _NORM.search(line.group())
+            if loss and norm:
+                curve[int(line.group(1))] = (loss.group(1), norm.group(1))
+        return curve
 
     @property
     def skipped(self) -> int:
@@ -207,8 +204,3 @@ def as_argv(flags: Mapping[str, object]) -> list[str]:
         elif value is not True:
             argv.append(str(value))
     return argv
-
-
-def words(text: str) -> Sequence[str]:
-    """Split a flag text."""
-    return text.split()
