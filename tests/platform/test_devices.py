@@ -212,13 +212,34 @@ class Squares(torch.utils.data.Dataset):
         return torch.full((2,), float(index**2), device="cuda")
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_data_loader_with_workers(context):
-    loader = DataLoader(Squares(), batch_size=4, num_workers=2, multiprocessing_context=context, timeout=60)
-    if context == "spawn":  # a spawned child has not been activated: the dataset must not name a device there
-        loader = DataLoader(list(map(float, range(8))), batch_size=4, num_workers=1, multiprocessing_context=context)
-    batches = list(loader)
-    assert sum(len(batch) for batch in batches) == 8 and not torch.cuda.is_available()
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_data_loader(workers):
+    """Forked workers inherit the platform; pinning is dropped without a warning."""
+    batches = list(DataLoader(Squares(), batch_size=4, num_workers=workers, pin_memory=True, timeout=60 if workers else 0))
+    assert torch.cat(batches)[:, 0].tolist() == [index**2 for index in range(8)] and not torch.cuda.is_available()
+
+
+def in_child(is_active, results):
+    if not is_active:  # a spawned process starts from nothing, as a new rank does
+        from mindspeed.patching.ledger import Ledger
+        from mindspeed.platform import current
+
+        assert torch.cuda.device_count() == 0
+        current().activate(Ledger())
+    x = torch.arange(3.0, device="cuda").cuda()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        results.put((torch.cuda.device_count(), x.tolist(), torch.cuda.is_available()))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_child_processes(method):
+    context = torch.multiprocessing.get_context(method)
+    results = context.SimpleQueue()
+    child = context.Process(target=in_child, args=(method == "fork", results))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0 and results.get() == (1, [0, 1, 2], False)
 
 
 def test_wrapped_functions_look_like_torchs_own():

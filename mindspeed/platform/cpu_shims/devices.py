@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import torch.utils._device
+import torch.utils.data.dataloader
 from torch.compiler import is_compiling
 
-from mindspeed.patching.patch import Patch
+from mindspeed.patching.patch import Patch, wrap
 from mindspeed.platform.cpu_shims._places import everywhere, method
 from mindspeed.platform.scope import decided_by_torch, mark
 
@@ -55,6 +56,7 @@ def patches() -> Iterator[Patch]:
     yield method(
         torch.Tensor, "torch:Tensor.pin_memory", lambda original: mark(pin_memory, original), reason="nothing to pin for"
     )
+    yield wrap("torch.utils.data.dataloader:DataLoader.__init__", _without_pinning, reason="nothing to pin for")
     yield from everywhere("Generator", _generator_class, "torch", reason=_REASON, unrelated=True)
     yield from everywhere("load", _loading_to_cpu, "torch", "torch.serialization", reason=_REASON)
     context = torch.utils._device.DeviceContext
@@ -120,6 +122,13 @@ def tensor_cuda(
 def module_cuda(self: torch.nn.Module, device: Any = None) -> torch.nn.Module:
     """The module itself."""
     return self
+
+
+def _without_pinning(original: Callable[..., None], *args: Any, **options: Any) -> None:
+    """A DataLoader that is asked to pin does not, instead of warning that it cannot."""
+    if options.get("pin_memory"):
+        options["pin_memory"] = False
+    original(*args, **options)
 
 
 def pin_memory(self: torch.Tensor, device: Any = None) -> torch.Tensor:

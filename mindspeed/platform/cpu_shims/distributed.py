@@ -112,14 +112,14 @@ def _with_gloo(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def gloo_for(backend: str) -> str:
     """The backend for CPUs that stands for `backend`: "nccl" and "cuda:nccl,cpu:gloo" become "gloo"."""
-    chosen = []
+    chosen: dict[str, str] = {}
     for item in backend.lower().split(","):
-        device, colon, name = item.rpartition(":")
-        name = "gloo" if name in ("nccl", "hccl", "xccl") else name
+        device, _, name = item.rpartition(":")
         device = "cpu" if device in ("cuda", "npu") else device
-        chosen.append(f"{device}{colon}{name}")
-    unique = list(dict.fromkeys(chosen))
-    return "gloo" if unique == ["cpu:gloo"] else ",".join(unique)
+        chosen.setdefault(device, "gloo" if name in ("nccl", "hccl", "xccl") else name)
+    if chosen == {"cpu": "gloo"}:
+        return "gloo"
+    return ",".join(f"{device}:{name}" if device else name for device, name in chosen.items())
 
 
 def use_loopback(init_method: str | None = None) -> None:
