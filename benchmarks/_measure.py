@@ -90,7 +90,6 @@ def _parts(contender: Any) -> tuple[Callable[..., Any], Callable[..., tuple[Any,
 @contextlib.contextmanager
 def _without_collector() -> Iterator[None]:
     was_on = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield

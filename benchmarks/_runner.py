@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import traceback
 from collections.abc import Callable, Mapping
@@ -121,6 +122,7 @@ def _timed(work: Timing, case: Case, run: Run) -> Figures:
         calls[name] = calls_needed(seconds_per_call(contender, inputs, case.clock, 1))
     for number in range(run.rounds + 1):
         inputs = work.inputs()
+        gc.collect()
         names = list(contenders) if number % 2 else list(reversed(contenders))  # alternate who goes first
         costs = {name: seconds_per_call(contenders[name], inputs, case.clock, calls[name]) for name in names}
         floor_seconds = floor.seconds() if floor else None

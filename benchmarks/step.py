@@ -102,7 +102,7 @@ def _parallel_state_gone_after() -> Iterator[None]:
 
 
 GPT4 = {"layers": 4, "hidden": 512, "heads": 8, "ffn": 1408, "vocabulary": 8192, "length": 2048}
-FLASH = {"use_flash_attn": True}
+FLASH = {"use_flash_attn": True, "transformer_impl": "local"}
 
 
 @case("step.gpt4.fp32", feature="flash-attention", metric="ratio", against="host", must=2.0, aim=2.25)
