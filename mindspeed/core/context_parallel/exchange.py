@@ -64,3 +64,80 @@ class Exchange:
         if sending is receiving:  # unbatched, a ring on one communicator would wait for itself
             return list(dist.batch_isend_irecv(operations))
         return [work for operation in operations for work in dist.batch_isend_irecv([operation])]
+
+
+class Packed:
+    """Several tensors as one flat message."""
+
+    def __init__(self, shapes: list[torch.Size], flat: Tensor) -> None:
+        self.shapes = shapes
+        self.flat = flat
+
+    @classmethod
+    def of(cls, *parts: Tensor) -> Packed:
+        """Copy the parts, of one dtype, into a message."""
+        return cls([part.shape for part in parts], torch.cat([part.reshape(-1) for part in parts]))
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """Tensors of a message of this form, as views."""
+        sizes = [shape.numel() for shape in self.shapes]
+        return [part.view(shape) for part, shape in zip(flat.split(sizes), self.shapes, strict=True)]
+
+
+class Mailbox:
+    """Any pattern of messages inside a group, started batch by batch."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+        self.tagged = dist.get_backend(group) == "gloo"
+
+    def batch(self) -> Batch:
+        """An empty batch."""
+        return Batch(self)
+
+
+class Batch:
+    """Messages that are started together."""
+
+    def __init__(self, mailbox: Mailbox) -> None:
+        self._mailbox = mailbox
+        self._sends: list[tuple[Tensor, int, int]] = []
+        self._receives: list[tuple[Tensor, int, int]] = []
+
+    def send(self, tensor: Tensor, to: int, tag: int) -> None:
+        """Add a message to a rank of the group; the tensor is not written to until it is delivered."""
+        self._sends.append((tensor, to, tag))
+
+    def receive(self, buffer: Tensor, source: int, tag: int) -> None:
+        """Add a message from a rank of the group."""
+        self._receives.append((buffer, source, tag))
+
+    def start(self) -> Pending:
+        """Start all messages; without tags, both sides list them in the order of their tags."""
+        group = self._mailbox.group
+        sends = [(t, dist.get_global_rank(group, rank), tag) for t, rank, tag in self._sends]
+        receives = [(t, dist.get_global_rank(group, rank), tag) for t, rank, tag in self._receives]
+        buffers = [buffer for buffer, _, _ in self._receives]
+        if self._mailbox.tagged:
+            works = [dist.irecv(buffer, rank, group=group, tag=tag) for buffer, rank, tag in receives]
+            works += [dist.isend(tensor, rank, group=group, tag=tag) for tensor, rank, tag in sends]
+            return Pending([work for work in works if work is not None], buffers)
+        operations = [(tag, dist.P2POp(dist.irecv, buffer, rank, group=group)) for buffer, rank, tag in receives]
+        operations += [(tag, dist.P2POp(dist.isend, tensor, rank, group=group)) for tensor, rank, tag in sends]
+        ordered = [operation for _, operation in sorted(operations, key=lambda pair: pair[0])]
+        return Pending(list(dist.batch_isend_irecv(ordered)) if ordered else [], buffers)
+
+
+class Pending:
+    """Messages under way."""
+
+    def __init__(self, works: list[dist.Work], buffers: list[Tensor]) -> None:
+        self._works = works
+        self._buffers = buffers
+
+    def wait(self) -> list[Tensor]:
+        """Finish; the received tensors in the order in which they were asked for."""
+        for work in self._works:
+            work.wait()
+        self._works = []
+        return self._buffers

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mindspeed.core.attention import Accumulator
-from mindspeed.core.context_parallel.exchange import Exchange
+from mindspeed.core.context_parallel.exchange import Exchange, Packed
 from mindspeed.core.context_parallel.layout import SequenceLayout
 from mindspeed.core.context_parallel.work import AttentionOptions, Work, backward_block, forward_block, plan_work
 
@@ -134,19 +134,6 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, context: RingContext) -> Ten
     return _RingAttention.apply(q, k, v, context)
 
 
-class _Buffer:
-    """Keys and values as one flat message."""
-
-    def __init__(self, parts: tuple[Tensor, ...]) -> None:
-        self.shapes = [part.shape for part in parts]
-        self.flat = torch.cat([part.reshape(-1) for part in parts])
-
-    def split(self, flat: Tensor) -> list[Tensor]:
-        """Tensors of a message of this form."""
-        sizes = [shape.numel() for shape in self.shapes]
-        return [part.view(shape) for part, shape in zip(flat.split(sizes), self.shapes, strict=True)]
-
-
 class _Hop:
     """Buffers on their way through a ring pass; open transfers end when their `ExitStack` closes."""
 
@@ -184,7 +171,7 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, context: RingContext) -> Tensor:
-        buffer = _Buffer((k, v))
+        buffer = Packed.of(k, v)
         total = Accumulator(q, v.shape[-1])
         states: dict[int, list[object]] = {}
         kept: dict[int, Tensor] = {}
