@@ -69,3 +69,9 @@ def option(op: str, name: str, value: object, allowed: Sequence[object]) -> None
 def wide_dtype(value: Tensor) -> torch.dtype:
     """The dtype to compute in: float64 for float64 input (gradcheck), float32 for all others."""
     return torch.float64 if value.dtype == torch.float64 else torch.float32
+
+
+def forward_only(op: str, hint: str, *tensors: Tensor | None) -> None:
+    """Raise RuntimeError if gradients are recorded and an input wants one, which the operator cannot give."""
+    if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors):
+        raise RuntimeError(f"{op}: has no derivative, got an input that requires grad; {hint}")

@@ -39,20 +39,27 @@ _DEVICES = {
 
 FAMILIES = (
     "adamw",
+    "alltoall_allgather_bmm",
+    "bmm_reducescatter_alltoall",
     "dropout_add_norm",
     "ema_adamw",
+    "ffn",
     "fusion_attention",
     "gmm",
+    "grouped_mat_mul_all_reduce",
     "groupmatmul_add",
     "layer_norm",
     "matmul_add",
+    "mm_all_reduce_add_rms_norm",
     "moe_token_permute",
+    "quant_gmm",
     "ring_attention_update",
     "rms_norm",
     "rotary",
     "scaled_masked_softmax",
     "sort_chunks",
     "swiglu",
+    "weight_quant_gmm",
 )
 """What `MINDSPEED_OPS` may name: a family is one operator with its backward and its variants."""
 
@@ -225,7 +232,7 @@ def define(
         LIBRARY.impl(name, partial(operator.run, device), key)
     torch.library.register_fake(f"mindspeed::{name}", fake, lib=LIBRARY)
     if "!)" not in schema:  # mutating operators are never recorded
-        LIBRARY.impl(name, _autograd_kernel(name, autograd or _without_derivative(name)), "Autograd")
+        LIBRARY.impl(name, _autograd_kernel(name, autograd), "Autograd")
     return operator
 
 
@@ -235,34 +242,41 @@ def alias(schema: str, function: Callable) -> None:
     LIBRARY.impl(schema.partition("(")[0].strip(), function, "CompositeImplicitAutograd")
 
 
-def _autograd_kernel(name: str, function: type[torch.autograd.Function]) -> Callable:
-    def kernel(*args: object) -> object:
-        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+def _autograd_kernel(name: str, function: type[torch.autograd.Function] | None) -> Callable:
+    """What runs under the `Autograd` key: the operator itself unless a gradient may be wanted.
+
+    Operators with a derivative have positional arguments only, as `Function.apply` does.
+    """
+
+    def kernel(*args: object, **kwargs: object) -> object:
+        values = (*args, *kwargs.values())
+        if not (torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values)):
+            return below_autograd(name, *args, **kwargs)
+        if function is not None:
             return function.apply(*args)
-        return below_autograd(name, *args)
+        return _WithoutDerivative.apply(name, tuple(kwargs), *values)
 
     return kernel
 
 
-def _without_derivative(name: str) -> type[torch.autograd.Function]:
-    """A Function that fails in backward; torch's own fallback would leave the gradient out in silence."""
+class _WithoutDerivative(torch.autograd.Function):
+    """Fails in backward; torch's own fallback would leave the gradient out in silence."""
 
-    class WithoutDerivative(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *args):  # noqa: ANN001, ANN002, ANN205
-            return below_autograd(name, *args)
+    @staticmethod
+    def forward(ctx, name, keywords, *values):  # noqa: ANN001, ANN002, ANN205
+        ctx.name = name
+        count = len(values) - len(keywords)
+        return below_autograd(name, *values[:count], **dict(zip(keywords, values[count:], strict=True)))
 
-        @staticmethod
-        def backward(ctx, *grads):  # noqa: ANN001, ANN002, ANN205
-            raise RuntimeError(f"mindspeed::{name} has no derivative; detach its inputs or call it under torch.no_grad()")
-
-    return WithoutDerivative
+    @staticmethod
+    def backward(ctx, *grads):  # noqa: ANN001, ANN002, ANN205
+        raise RuntimeError(f"mindspeed::{ctx.name} has no derivative; detach its inputs or call it under torch.no_grad()")
 
 
-def below_autograd(name: str, *args: object) -> object:
+def below_autograd(name: str, *args: object, **kwargs: object) -> object:
     """Call an operator from inside its own autograd Function."""
     with torch._C._AutoDispatchBelowAutograd():
-        return getattr(torch.ops.mindspeed, name)(*args)
+        return getattr(torch.ops.mindspeed, name)(*args, **kwargs)
 
 
 def register_kernel(
@@ -272,12 +286,13 @@ def register_kernel(
     devices: tuple[str, ...],
     declines: Callable[..., str | None] | None = None,
     opt_in: bool = False,
+    first: bool = False,
 ) -> Callable[[Callable], Callable]:
     """Register a faster body for operator `name` (without namespace) on `devices` ("cpu", "cuda", "npu").
 
     The body takes the operator's schema arguments below autograd and must return what the reference returns: same shapes,
     dtypes, contiguous outputs. `declines` takes the same arguments and returns a reason to step aside, or None; it must not
-    synchronise with the device. Bodies are tried in order of registration. `opt_in` bodies run only when named in
+    synchronise with the device. Bodies are tried in order of registration, a `first` one before all others. `opt_in` bodies run only when named in
     `MINDSPEED_OPS`. A body never sees an empty first tensor.
     """
     if backend not in BACKENDS[2:]:
@@ -286,7 +301,8 @@ def register_kernel(
 
     def register(body: Callable) -> Callable:
         for device in devices:
-            operator.kernels[device].append(Kernel(backend, body, declines, opt_in))
+            kernels = operator.kernels[device]
+            kernels.insert(0 if first else len(kernels), Kernel(backend, body, declines, opt_in))
             operator.routes.pop(device, None)
         return body
 
