@@ -55,27 +55,37 @@ def any_rank(value: bool) -> bool:
 
 def calc_params_l2_norm(model: list[torch.nn.Module]) -> float:
     """Norm of all parameters of the job, each counted once; fp32 main copies where they exist."""
-    dense, sharded, experts = (torch.zeros(1, device=torch.cuda.current_device()) for _ in range(3))
-    for chunk in model:
-        for parameter in chunk.parameters():
-            if not param_is_not_tensor_parallel_duplicate(parameter):
-                continue
-            if not getattr(parameter, "allreduce", True):
-                experts += _square(parameter)
-            elif param_is_not_shared(parameter):
-                if getattr(parameter, "main_param_sharded", False):
-                    sharded += _square(parameter.main_param)
-                else:
-                    dense += _square(getattr(parameter, "main_param", parameter))
-    torch.distributed.all_reduce(sharded, group=parallel_state.get_data_parallel_group())
-    dense += sharded
-    torch.distributed.all_reduce(dense, group=parallel_state.get_model_parallel_group())
-    torch.distributed.all_reduce(experts, group=parallel_state.get_expert_tensor_model_pipeline_parallel_group())
-    return float((dense + experts).sqrt())
+    dense: list[torch.Tensor] = []
+    sharded: list[torch.Tensor] = []
+    experts: list[torch.Tensor] = []
+    for parameter in (parameter for chunk in model for parameter in chunk.parameters()):
+        if not param_is_not_tensor_parallel_duplicate(parameter):
+            continue
+        if not getattr(parameter, "allreduce", True):
+            experts.append(parameter)
+        elif param_is_not_shared(parameter):
+            main = getattr(parameter, "main_param", parameter)
+            if getattr(parameter, "main_param_sharded", False):
+                sharded += [] if main is None else [main]
+            else:
+                dense.append(main)
+    total = _square(dense) + _sum(_square(sharded), parallel_state.get_data_parallel_group())
+    total = _sum(total, parallel_state.get_model_parallel_group())
+    total = total + _sum(_square(experts), parallel_state.get_expert_tensor_model_pipeline_parallel_group())
+    return float(total.sqrt())
 
 
-def _square(parameter: torch.Tensor | None) -> torch.Tensor | float:
-    return 0.0 if parameter is None else parameter.detach().float().square().sum()
+def _square(parameters: list[torch.Tensor]) -> torch.Tensor:
+    """Square of the norm over several parameters."""
+    norms = [torch.linalg.vector_norm(parameter.detach().float()) for parameter in parameters]
+    if not norms:
+        return torch.zeros((), device=torch.cuda.current_device())
+    return torch.linalg.vector_norm(torch.stack(norms)).square()
+
+
+def _sum(value: torch.Tensor, group: Any) -> torch.Tensor:
+    torch.distributed.all_reduce(value, group=group)
+    return value
 
 
 def report_memory(name: str) -> None:
