@@ -23,6 +23,12 @@ def decided_by_torch(frame: FrameType) -> bool:
     return asked_by_torch(frame) and not frame.f_globals["__name__"].startswith(_HANDS_ON)
 
 
+def decided_outside_the_host(frame: FrameType) -> bool:
+    """Whether neither the host nor we, directly or through a layer of torch, named the device."""
+    name: str = frame.f_globals.get("__name__", "")
+    return not name.startswith(("megatron.", "mindspeed.", *_HANDS_ON))
+
+
 def scoped(original: Callable[..., Any], answer: Callable[..., Any]) -> Callable[..., Any]:
     """`answer` for the host and the user, `original` for torch; looks like `original`.
 

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mindspeed.errors import PlatformError
+from tests.platform._activated import cpu_activated
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -249,3 +250,24 @@ def test_wrapped_functions_look_like_torchs_own():
     assert callable(torch.zeros.__wrapped__) and "map_location" in inspect.signature(torch.load).parameters
     assert torch.distributed.all_reduce.__name__ == "all_reduce"
     assert "async_op" in inspect.signature(torch.distributed.all_reduce).parameters
+
+
+def test_the_users_own_devices_can_be_left_alone(monkeypatch):
+    monkeypatch.setenv("MINDSPEED_SHIM", "host-only")
+    host, user = types.ModuleType("megatron.somewhere"), types.ModuleType("train_my_model")
+    code = (
+        "import torch\n"
+        "def make(): return torch.zeros(1, device='cuda')\n"
+        "def move(): return torch.zeros(1).to('cuda')\n"
+        "def layer(): return torch.nn.Linear(2, 2, device='cuda').weight"
+    )
+    exec(code, host.__dict__)
+    exec(code, user.__dict__)
+    with cpu_activated():
+        assert all(call().device.type == "cpu" for call in (host.make, host.move, host.layer))
+        for call in (user.make, user.move):
+            with pytest.raises((AssertionError, RuntimeError)):
+                call()
+    monkeypatch.setenv("MINDSPEED_SHIM", "none")
+    with pytest.raises(PlatformError, match="MINDSPEED_SHIM=none: must be all or host-only. Unset it"), cpu_activated():
+        pass

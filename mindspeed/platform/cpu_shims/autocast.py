@@ -13,17 +13,18 @@ import torch.amp.grad_scaler
 
 from mindspeed.patching.patch import Patch
 from mindspeed.platform.cpu_shims._places import answers, everywhere, method
-from mindspeed.platform.cpu_shims.devices import on_cpu
-from mindspeed.platform.scope import decided_by_torch, mark, original_of, scoped
+from mindspeed.platform.cpu_shims.devices import LeftAlone, on_cpu
+from mindspeed.platform.scope import mark, original_of, scoped
 
 _REASON = "mixed precision for CUDA means mixed precision for the CPU"
 
 
-def patches() -> Iterator[Patch]:
+def patches(left_alone: LeftAlone) -> Iterator[Patch]:
     """autocast, GradScaler, the questions about them, and the decorators of autograd functions."""
+    device_first = functools.partial(_device_first, left_alone=left_alone)
     autocast, scaler = torch.amp.autocast_mode.autocast, torch.amp.grad_scaler.GradScaler
-    yield method(autocast, "torch.amp.autocast_mode:autocast.__init__", _device_first, reason=_REASON)
-    yield method(scaler, "torch.amp.grad_scaler:GradScaler.__init__", _device_first, reason=_REASON)
+    yield method(autocast, "torch.amp.autocast_mode:autocast.__init__", device_first, reason=_REASON)
+    yield method(scaler, "torch.amp.grad_scaler:GradScaler.__init__", device_first, reason=_REASON)
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
         yield from everywhere(name, _asking_for_cpu, "torch", reason=_REASON)
     for name in ("set_autocast_enabled", "set_autocast_dtype"):
@@ -42,13 +43,13 @@ def _old_questions() -> dict[str, Callable[..., Any]]:
     return {"get_autocast_gpu_dtype": lambda: dtype("cpu"), "set_autocast_gpu_dtype": lambda new: set_dtype("cpu", new)}
 
 
-def _device_first(original: Callable[..., Any]) -> Callable[..., Any]:
+def _device_first(original: Callable[..., Any], left_alone: LeftAlone) -> Callable[..., Any]:
     """A constructor whose first argument is the kind of device; torch.cuda.amp hands on what its user wants."""
     name = "device" if "GradScaler" in original.__qualname__ else "device_type"
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **options: Any) -> None:
-        if not decided_by_torch(sys._getframe(1)):
+        if not left_alone(sys._getframe(1)):
             if args:
                 args = (on_cpu(args[0]), *args[1:])
             else:

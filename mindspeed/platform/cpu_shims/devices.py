@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch.compiler import is_compiling
 
 from mindspeed.patching.patch import Patch, wrap
 from mindspeed.platform.cpu_shims._places import everywhere, method
-from mindspeed.platform.scope import decided_by_torch, mark
+from mindspeed.platform.scope import mark
 
+LeftAlone = Callable[[FrameType], bool]
 _REASON = "a CUDA device named by the host or the user means the CPU"
 
 _FACTORIES = (
@@ -42,15 +44,16 @@ def on_cpu(device: Any) -> Any:
     return device
 
 
-def patches() -> Iterator[Patch]:
-    """Factories, conversions, modules, pinned memory, generators and files."""
+def patches(left_alone: LeftAlone) -> Iterator[Patch]:
+    """Factories, conversions, modules, pinned memory, generators and files; not for callers that are left alone."""
+    with_device = functools.partial(_with_device, left_alone=left_alone)
     torch.utils._device._device_constructors()  # a cached set of torch's own functions; must not be filled with ours
     for name in _FACTORIES:
-        yield from everywhere(name, _with_device, "torch", reason=_REASON)
+        yield from everywhere(name, with_device, "torch", reason=_REASON)
     for name in _TENSOR_METHODS:
-        yield method(torch.Tensor, f"torch:Tensor.{name}", _with_device, reason=_REASON)
+        yield method(torch.Tensor, f"torch:Tensor.{name}", with_device, reason=_REASON)
     for name in ("to", "to_empty"):
-        yield method(torch.nn.Module, f"torch.nn:Module.{name}", _with_device, reason=_REASON)
+        yield method(torch.nn.Module, f"torch.nn:Module.{name}", with_device, reason=_REASON)
     yield method(torch.Tensor, "torch:Tensor.cuda", lambda original: mark(tensor_cuda, original), reason=_REASON)
     yield method(torch.nn.Module, "torch.nn:Module.cuda", lambda original: mark(module_cuda, original), reason=_REASON)
     yield method(
@@ -63,7 +66,7 @@ def patches() -> Iterator[Patch]:
     yield method(context, "torch.utils._device:DeviceContext.__init__", _first_argument, reason=_REASON)
 
 
-def _with_device(original: Callable[..., Any]) -> Callable[..., Any]:
+def _with_device(original: Callable[..., Any], left_alone: LeftAlone) -> Callable[..., Any]:
     """`original` with device and pin_memory arguments brought to the CPU; the common case costs two lookups."""
     name = original.__name__
     place = {"to": 1, "set_default_device": 0}.get(name, sys.maxsize)  # of a device among the positional arguments
@@ -75,7 +78,7 @@ def _with_device(original: Callable[..., Any]) -> Callable[..., Any]:
         moved = on_cpu(device)
         if changed is None and moved is device:
             return original(*args, **options)
-        if not is_compiling() and decided_by_torch(sys._getframe(1)):
+        if not is_compiling() and left_alone(sys._getframe(1)):
             return original(*args, **options)
         if moved is not device:
             args = (*args[:place], moved, *args[place + 1 :])
