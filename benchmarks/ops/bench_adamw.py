@@ -1,0 +1,78 @@
+"""AdamW steps on 32 M float32 parameters."""
+
+import torch
+
+from benchmarks._case import Floor, Run, Timing, case, operator_timing
+from mindspeed.ops.npu_apply_fused_adamw_v2 import npu_apply_fused_adamw_v2
+from mindspeed.ops.npu_apply_fused_ema_adamw import npu_apply_fused_ema_adamw
+
+COUNT = 32 << 20
+STEP = torch.tensor([3])
+
+
+def ours(p, g, m, v):
+    npu_apply_fused_adamw_v2(p, g, m, v, None, STEP, lr=1e-3, weight_decay=0.1)
+    return p, m, v
+
+
+def fused(p, g, m, v):
+    torch._fused_adamw_(
+        [p], [g], [m], [v], [], [STEP.float()], lr=1e-3, beta1=0.9, beta2=0.999, weight_decay=0.1, eps=1e-8, amsgrad=False,
+        maximize=False,
+    )  # fmt: skip
+    return p, m, v
+
+
+def formula(p, g, m, v):
+    """The step as a function: the truth of the check."""
+    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+    p = p * (1 - 1e-3 * 0.1) - 1e-3 / (1 - 0.9**3) * m / (v.sqrt() / (1 - 0.999**3) ** 0.5 + 1e-8)
+    return p, m, v
+
+
+def with_average(p, g, m, v, s):
+    return npu_apply_fused_ema_adamw(g, p, m, v, s, STEP, lr=1e-3, weight_decay=0.1)
+
+
+def separate(p, g, m, v, s):
+    fused(p, g, m, v)
+    return p, m, v, s.lerp_(p, 1e-4)
+
+
+def formula_with_average(p, g, m, v, s):
+    p, m, v = formula(p, g, m, v)
+    return p, m, v, s + 1e-4 * (p - s)
+
+
+def fresh(function):
+    """The function on copies, so that a check can call it twice on the same inputs."""
+    return lambda *inputs: function(*(value.clone() for value in inputs))
+
+
+def timing(function, peers, truth, tensors: int, run: Run) -> Timing:
+    def inputs(count=COUNT // 16 if run.preset == "smoke" else COUNT):
+        return tuple(torch.rand(count) for _ in range(tensors))
+
+    made = operator_timing(
+        function,
+        truth,
+        inputs,
+        mode="forward",
+        peers=peers,
+        floor=Floor(bytes=(7 if tensors == 4 else 9) * COUNT * 4),
+        workload={"parameters": COUNT},
+        check_inputs=lambda: inputs(4096),
+    )
+    return made
+
+
+@case("ops.adamw.fp32", feature="adamw", metric="ratio", against="torch fused", must=0.95, aim=1.0, preset="smoke")
+def adamw(run: Run) -> Timing:
+    """AdamW step, float32, against torch's fused kernel."""
+    return timing(fresh(ours), {"torch fused": fresh(fused)}, formula, 4, run)
+
+
+@case("ops.ema_adamw.fp32", feature="ema_adamw", metric="ratio", against="fused and lerp", must=1.0, aim=1.3)
+def ema_adamw(run: Run) -> Timing:
+    """AdamW step with moving average, float32, against torch's fused kernel and a separate lerp."""
+    return timing(fresh(with_average), {"fused and lerp": fresh(separate)}, formula_with_average, 5, run)
