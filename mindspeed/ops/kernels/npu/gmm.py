@@ -5,14 +5,11 @@
 from __future__ import annotations
 
 import torch
-import torch_npu
 from torch import Tensor
 
 from mindspeed.ops._groups import ends_of
 from mindspeed.ops._registry import register_kernel
-
-ROWS, INNER = 0, 2
-"""What a group list divides: the rows of x, or the axis that is summed over."""
+from mindspeed.ops.kernels.npu._grouped import INNER, by_rows, product
 
 
 def _declines(x: Tensor, group_list: Tensor, *sizes: int) -> str | None:
@@ -21,21 +18,6 @@ def _declines(x: Tensor, group_list: Tensor, *sizes: int) -> str | None:
     if max(sizes) >= 65536 or not 0 < group_list.numel() <= 1024:
         return f"inner sizes {sizes} or {group_list.numel()} groups are beyond the limits of npu_grouped_matmul"
     return None
-
-
-def _product(x: Tensor, weight: Tensor, group_list: Tensor, divides: int, list_type: int, bias: Tensor | None = None) -> Tensor:
-    # always a tensor: the overload for host lists returns a wrong shape for one 3-D weight
-    return torch_npu.npu_grouped_matmul(
-        [x], [weight], bias=None if bias is None else [bias], group_list=group_list, split_item=3, group_type=divides,
-        group_list_type=list_type,
-    )[0]  # fmt: skip
-
-
-def _by_rows(x: Tensor, weight: Tensor, group_list: Tensor, list_type: int, bias: Tensor | None = None) -> Tensor:
-    """`y_g = x_g @ W_g + bias_g`; the kernel does not write rows after the last group, they are set to zero."""
-    y = _product(x, weight, group_list, ROWS, list_type, bias)
-    after = torch.arange(x.shape[0], device=x.device) >= ends_of(group_list, list_type)[-1:]
-    return y.masked_fill_(after.unsqueeze(1), 0)
 
 
 @register_kernel(
@@ -47,8 +29,8 @@ def _by_rows(x: Tensor, weight: Tensor, group_list: Tensor, list_type: int, bias
 def gmm(x: Tensor, weight: Tensor, bias: Tensor | None, group_list: Tensor, group_type: int, group_list_type: int) -> Tensor:
     """Forward of both group types."""
     if group_type == INNER:
-        return _product(x, weight, group_list, INNER, group_list_type)
-    return _by_rows(x, weight, group_list, group_list_type, bias)
+        return product(x, weight, group_list, INNER, group_list_type)
+    return by_rows(x, weight, group_list, group_list_type, bias)
 
 
 @register_kernel(
@@ -60,12 +42,12 @@ def gmm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight (in its storage layout) and bias."""
     nothing = x.new_empty(0)
-    dx = _by_rows(dy, weight.transpose(1, 2), group_list, group_list_type) if need_dx else nothing
+    dx = by_rows(dy, weight.transpose(1, 2), group_list, group_list_type) if need_dx else nothing
     dweight = nothing
     if need_dweight and not weight.is_contiguous() and weight.transpose(1, 2).is_contiguous():
-        dweight = _product(dy.t(), x, group_list, INNER, group_list_type).transpose(1, 2)
+        dweight = product(dy.t(), x, group_list, INNER, group_list_type).transpose(1, 2)
     elif need_dweight:
-        dweight = _product(x.t(), dy, group_list, INNER, group_list_type)
+        dweight = product(x.t(), dy, group_list, INNER, group_list_type)
     return dx, dweight, _group_sums(dy, group_list, group_list_type) if need_dbias else nothing
 
 
