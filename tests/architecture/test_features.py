@@ -37,13 +37,10 @@ def by_name(value):
 
 @by_name
 def test_feature_has_a_test_file(feature):
-    parts = type(feature).__module__.split(".")[2:]  # below mindspeed.core
-    if parts[-1] == "feature":
-        parts = parts[:-1]
-    folder = ROOT.joinpath("tests", "core", *parts[:-1])
-    wanted = folder / f"test_{parts[-1]}.py"
-    inside = folder / parts[-1]
-    assert wanted.exists() or list(inside.glob("test_*.py")), f"{feature.name} needs {wanted.relative_to(ROOT)}"
+    area = type(feature).__module__.split(".")[2]
+    tests = [*(ROOT / "tests" / "core" / area).rglob("test_*.py"), *(ROOT / "tests" / "hosts").rglob("test_*.py")]
+    naming = [path for path in tests if re.search(rf"\b{type(feature).__name__}\b", path.read_text(encoding="utf-8"))]
+    assert naming, f"no test below tests/core/{area} names {type(feature).__name__}"
 
 
 @by_name
