@@ -7,8 +7,9 @@ and stays for the life of the process. Importing this package has no effect.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 
 from mindspeed.errors import PlatformError
@@ -19,6 +20,8 @@ from mindspeed.platform.npu import Npu
 from mindspeed.platform.refusals import refused_on_cpu
 
 __all__ = ["CAPABILITIES", "MemoryStats", "Platform", "current", "host_rng", "named", "refused_on_cpu", "use_platform"]
+
+logger = logging.getLogger(__name__)
 
 VARIABLE = "MINDSPEED_PLATFORM"
 
@@ -51,7 +54,7 @@ def named(name: str) -> Platform:
     """
     known: dict[str, Platform] = {platform.name: platform for platform in (Npu(), Cuda(), Cpu())}
     if name == "auto":
-        return next(platform for platform in known.values() if platform.available())
+        return _first_available(known.values())
     if name not in known:
         raise PlatformError(f"{VARIABLE}={name}: must be one of {', '.join(known)}, auto. Unset it to let mindspeed choose.")
     platform = known[name]
@@ -60,6 +63,17 @@ def named(name: str) -> Platform:
     if reason := platform.why_absent():
         raise PlatformError(f"{VARIABLE}={name}: {reason}")
     return platform
+
+
+def _first_available(candidates: Iterable[Platform]) -> Platform:
+    """The first platform that is there; one that is installed but does not work is passed over aloud."""
+    for platform in candidates:
+        reason = platform.why_absent()
+        if not reason:
+            return platform
+        if platform.is_installed():
+            logger.warning("platform %s is passed over: %s", platform.name, reason)
+    raise PlatformError(f"{VARIABLE}=auto: no platform can be used; set {VARIABLE} to see the reason for one")
 
 
 @contextlib.contextmanager

@@ -63,6 +63,10 @@ class Platform(abc.ABC):
     def why_absent(self) -> str:
         """Why this process cannot use the platform, or an empty string when it can."""
 
+    def is_installed(self) -> bool:
+        """Whether somebody installed a package for this platform, so that its absence is worth a warning."""
+        return False
+
     def available(self) -> bool:
         """Whether this process can use the platform."""
         return not self.why_absent()

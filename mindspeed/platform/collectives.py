@@ -125,6 +125,8 @@ class Reductions:
 
     def all_reduce(self, tensor: Tensor, op: Any = _SUM, group: Any = None, async_op: bool = False) -> Any:
         """As torch.distributed.all_reduce; 16-bit tensors are reduced in fp32 and rounded once."""
+        if tensor.layout is not torch.strided:
+            return self._natives["all_reduce"](tensor, op=op, group=group, async_op=async_op)
         way = self._way("all_reduce", tensor.dtype, op, group)
         if way.is_native and tensor.is_contiguous():
             return self._natives["all_reduce"](tensor, op=way.op, group=group, async_op=async_op)

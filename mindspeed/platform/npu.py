@@ -55,6 +55,10 @@ class Npu(Platform):
             return "torch_npu is installed but sees no NPU; check npu-smi info and ASCEND_RT_VISIBLE_DEVICES"
         return ""
 
+    def is_installed(self) -> bool:
+        """Whether torch_npu is there, working or not."""
+        return importlib.util.find_spec("torch_npu") is not None
+
     def why_absent(self) -> str:
         """Why there is no NPU to use."""
         return self._absence

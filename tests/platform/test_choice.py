@@ -32,6 +32,17 @@ def test_auto_takes_the_first_platform_that_is_there(monkeypatch):
 
 
 @no_gpu
+def test_a_broken_installation_is_passed_over_aloud(monkeypatch, caplog):
+    monkeypatch.setattr(Npu, "is_installed", lambda self: True)
+    monkeypatch.setattr(Npu, "why_absent", lambda self: "torch_npu is installed but sees no NPU; check npu-smi info")
+    assert platforms.named("auto").name == "cpu"
+    assert "platform npu is passed over: torch_npu is installed but sees no NPU" in caplog.text
+    monkeypatch.setattr(Cpu, "why_absent", lambda self: "no")
+    with pytest.raises(PlatformError, match="no platform can be used"):
+        platforms.named("auto")
+
+
+@no_gpu
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -265,6 +265,14 @@ def test_a_backend_that_ignores_the_op_is_found_out(world, ignored):
 
 
 @ranks(2)
+def test_sparse_tensors_are_left_to_torch(world):
+    with cpu_activated():
+        sparse = torch.sparse_coo_tensor([[world.rank]], [2.0], (3,), device="cuda").coalesce()
+        dist.all_reduce(sparse)
+        assert sparse.to_dense().tolist() == [2, 2, 0]
+
+
+@ranks(2)
 def test_subgroups_and_non_members(world):
     with cpu_activated():
         alone = dist.new_group([0])

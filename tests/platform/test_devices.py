@@ -57,6 +57,9 @@ def test_other_devices_stay_what_they_are():
         assert torch.nn.Linear(2, 2).weight.device.type == "meta"
     with torch.device("cuda"):
         assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
+    torch.set_default_device("cuda")
+    assert torch.get_default_device() == torch.device("cpu") == torch.zeros(2).device
+    torch.set_default_device(None)
     assert torch.zeros(2).to(torch.zeros(1, dtype=torch.float64)).dtype is torch.float64
     with pytest.raises(RuntimeError):
         torch.zeros(2, device="no_such_device")

@@ -84,12 +84,12 @@ def test_meshes_of_cuda_are_meshes_of_cpus(world):
         assert again.device_type == "cpu" and dist.get_backend(mesh.get_group()) == "gloo"
 
 
-def test_init_process_group_with_nccl_and_a_device(monkeypatch):
+def test_init_process_group_without_a_backend_but_with_a_device(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     with cpu_activated():
         dist.init_process_group(
-            backend="nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0), pg_options=object()
+            backend=None, store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0), pg_options=object()
         )
         try:
             assert dist.get_backend() == "gloo"

@@ -95,14 +95,17 @@ def _with_gloo(original: Callable[..., Any]) -> Callable[..., Any]:
     def create(*args: Any, **options: Any) -> Any:
         bound = signature.bind(*args, **options)
         given = bound.arguments
+        is_first = original.__name__ == "init_process_group"
         backend = given.get("backend")
+        if backend is None and is_first:
+            backend = given["backend"] = "gloo"  # torch's default includes nccl where it is built in
         if backend is not None and (ours := gloo_for(str(backend))) != str(backend):
             logger.info("process group backend %s -> %s on platform cpu", backend, ours)
             given["backend"] = ours
             given.pop("pg_options", None)
         if "device_id" in given:
             given.pop("device_id")  # binds a group to one accelerator
-        if original.__name__ == "init_process_group":
+        if is_first:
             use_loopback(given.get("init_method"))
         return original(*bound.args, **bound.kwargs)
 
