@@ -98,7 +98,7 @@ class MathKernel:
         queries = _grouped(q[:, :, rows.start : rows.stop].to(dtype), k.shape[1])
         scores = (queries @ k[:, :, None, keys.start : keys.stop].to(dtype).transpose(-1, -2)).flatten(1, 2).mul_(scoring.scale)
         if scoring.bias is not None:
-            scores += part_of_bias(scoring.bias, rows, keys).to(dtype)
+            scores += part_of_bias(scoring.bias, rows, keys).to(q.device, dtype)
         hidden = scoring.visible.mask(rows, keys, q.device)
         return scores if hidden is None else scores.masked_fill_(hidden, float("-inf"))
 

@@ -16,9 +16,8 @@ from torch.distributed import ProcessGroup
 from mindspeed.core.context_parallel.documents import boundaries_of
 from mindspeed.core.context_parallel.groups import ContextGroups
 from mindspeed.core.context_parallel.layout import Boundaries, SequenceLayout, slice_batch
-from mindspeed.core.context_parallel.plan import ContextPlan
+from mindspeed.core.context_parallel.maker import LayoutMaker
 from mindspeed.core.context_parallel.scope import layout_scope
-from mindspeed.core.transformer.flash_attention.generate_mask.generate_mask import STORE
 
 
 class _Pending(threading.local):
@@ -35,13 +34,13 @@ class BatchLayouts:
     """Makes the layout of each micro batch, cuts the batch by it, and opens its scope around the model.
 
     Attributes:
-        plan, groups: how sequences are shared out.
+        maker, groups: how sequences are shared out.
         eod: id of the end-of-document token when attention stays inside documents, else None; asked when needed.
         restart_positions: positions count from 0 in each document.
         tensor_group: tensor-parallel group, whose first rank alone reads data; asked when needed.
     """
 
-    plan: ContextPlan
+    maker: LayoutMaker
     groups: ContextGroups
     eod: Callable[[], int] | None = None
     restart_positions: bool = False
@@ -86,11 +85,10 @@ class BatchLayouts:
 
     def _take_layout(self, length: int) -> SequenceLayout:
         boundaries, self._pending.boundaries = self._pending.boundaries, None
-        return self.plan.layout(
+        return self.maker.layout(
             length,
             boundaries=boundaries,
             restart_positions=self.restart_positions and boundaries is not None,
-            custom_mask=STORE.custom,
         )
 
     @contextmanager

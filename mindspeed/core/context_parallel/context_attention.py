@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mindspeed.core.context_parallel.exchange import Exchange
+from mindspeed.core.context_parallel.adaptive.adaptive_attention import AdaptivePlan, adaptive_attention
+from mindspeed.core.context_parallel.exchange import Exchange, Mailbox
 from mindspeed.core.context_parallel.gathered_attention import (
     GatheredPlan,
     HeadMove,
@@ -23,7 +24,7 @@ from mindspeed.core.context_parallel.placement import Segments
 from mindspeed.core.context_parallel.plan import GATHER, ContextPlan
 from mindspeed.core.context_parallel.ring_attention import RingContext, ring_attention
 from mindspeed.core.context_parallel.ulysses import heads_to_sequence, repeats_needed, sequence_to_heads
-from mindspeed.core.context_parallel.work import AttentionOptions, plan_between, plan_work
+from mindspeed.core.context_parallel.work import AttentionOptions, plan_between, plan_tile, plan_work
 
 CACHED_ULYSSES = {"full": "local", "half": "half"}
 
@@ -69,6 +70,8 @@ def context_attention(
     assert groups.cp is not None, "context-parallel groups do not exist yet"
     if plan.algorithm == GATHER:
         return _with_gathered_sequence(q, k, v, groups, layout, options)
+    if layout.rounds is not None:
+        return _adaptive(q, k, v, plan, groups, layout, options)
     if plan.ring == 1:
         return _ulysses(q, k, v, plan, groups, layout, options, policy)
     return _ring(q, k, v, plan, groups, layout, options, policy)
@@ -94,7 +97,7 @@ def _ring(
         if repeats > 1:
             k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
         q, k, v = sequence_to_heads((q, k, v), ulysses)
-        options = _own_slopes(options, heads, dist.get_rank(ulysses), plan.ulysses)
+        options = _own_heads(options, heads, dist.get_rank(ulysses), plan.ulysses)
     inner = groups.get("cp_ring_intra")
     context = RingContext(
         Exchange(ring, groups.get("cp2")),
@@ -106,6 +109,36 @@ def _ring(
         cache=policy or "none",
     )
     out = sequence_first(ring_attention(heads_first(q), heads_first(k), heads_first(v), context))
+    return out if ulysses is None else heads_to_sequence(out, ulysses)
+
+
+def _adaptive(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: ContextPlan,
+    groups: ContextGroups,
+    layout: SequenceLayout,
+    options: AttentionOptions,
+) -> Tensor:
+    """A schedule of tiles over `cp_ring`, inside an exchange of heads over `cp_ulysses` for the hybrid algorithm."""
+    ring, ulysses = groups.get("cp_ring"), groups.get("cp_ulysses")
+    assert ring is not None and layout.rounds is not None
+    if ulysses is not None:
+        repeats = repeats_needed(k.shape[2], plan.ulysses)
+        if repeats > 1:
+            k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
+        options = _own_heads(options, q.shape[2], dist.get_rank(ulysses), plan.ulysses)
+        q, k, v = sequence_to_heads((q, k, v), ulysses)
+    batch = q.shape[1]
+    steps = AdaptivePlan(
+        layout.rounds,
+        dist.get_rank(ring),
+        plan.ring,
+        Mailbox(ring),
+        lambda task: plan_tile(layout, task.row, task.column, batch, options),
+    )
+    out = sequence_first(adaptive_attention(heads_first(q), heads_first(k), heads_first(v), steps))
     return out if ulysses is None else heads_to_sequence(out, ulysses)
 
 
@@ -130,7 +163,7 @@ def _ulysses(
     """Exchange heads against sequence; keys by exchange too, or gathered; kept as gathered, or gathered again."""
     group = groups.cp
     assert group is not None
-    options = _own_slopes(options, q.shape[2], dist.get_rank(group), plan.size)
+    options = _own_heads(options, q.shape[2], dist.get_rank(group), plan.size)
     batch = q.shape[1]
     if policy is None and not plan.allgather_kv:
         repeats = repeats_needed(k.shape[2], plan.size)
@@ -163,9 +196,12 @@ def _chunks(layout: SequenceLayout) -> Segments:
     return tuple(sorted(segment for rank in range(layout.ranks) for segment in layout.segments(rank)))
 
 
-def _own_slopes(options: AttentionOptions, heads: int, rank: int, degree: int) -> AttentionOptions:
-    """ALiBi slopes of the heads that a Ulysses rank computes."""
-    if options.slopes is None:
-        return options
-    share = heads // degree
-    return replace(options, slopes=options.slopes[rank * share : (rank + 1) * share])
+def _own_heads(options: AttentionOptions, heads: int, rank: int, degree: int) -> AttentionOptions:
+    """Options for the heads that a Ulysses rank computes: its ALiBi slopes, and a dropout seed of its own."""
+    if options.slopes is not None:
+        share = heads // degree
+        options = replace(options, slopes=options.slopes[rank * share : (rank + 1) * share])
+    if options.dropout is not None and rank:
+        seed = (options.dropout.seed * 0x2545F4914F6CDD1D + rank) & (2**63 - 1)
+        options = replace(options, dropout=replace(options.dropout, seed=seed))
+    return options

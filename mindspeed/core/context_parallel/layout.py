@@ -31,6 +31,10 @@ class SequenceLayout:
         boundaries: per sample 0, ends of documents, S; None when documents do not matter.
         restart_positions: positions count from 0 in each document.
         cuts: where per-document placement cuts, when that is not at the ends of documents (padded packs).
+        order: positions [S] in the order of devices, when tokens are remapped; then there are no segments.
+        rounds: schedule of tiles that belongs to the order.
+        tile_masks: (row, column) -> bool [s, s] of this rank's tiles, True where hidden, None where all is visible; when
+            the user gives these instead of a whole mask.
         custom_mask: boolean [S, S] or [1 or B, 1, S, S], True where hidden; replaces all other rules.
     """
 
@@ -43,6 +47,9 @@ class SequenceLayout:
     boundaries: Boundaries | None = None
     restart_positions: bool = False
     cuts: Boundaries | None = None
+    rounds: tuple[Any, ...] | None = None
+    order: Tensor | None = field(default=None, compare=False)
+    tile_masks: Mapping[tuple[int, int], Tensor | None] | None = field(default=None, compare=False)
     custom_mask: Tensor | None = field(default=None, compare=False)
 
     @property
@@ -60,6 +67,8 @@ class SequenceLayout:
 
     def index(self, rank: int) -> Tensor:
         """Global positions of a rank in local order, int64: [S / cp], or [B, S / cp] when samples differ."""
+        if self.order is not None:
+            return self.order.view(self.ranks, -1)[rank]
         if self.placement != "document_zigzag" or self.boundaries is None:
             return positions_of(self.segments(rank))
         return torch.stack([positions_of(self.segments(rank, sample)) for sample in range(len(self.boundaries))])

@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mindspeed.core.context_parallel.groups import ContextGroups
 from mindspeed.core.context_parallel.layout import SequenceLayout
-from mindspeed.core.context_parallel.plan import ContextPlan
+from mindspeed.core.context_parallel.maker import LayoutMaker
 from mindspeed.core.context_parallel.scope import current_layout
 
 
@@ -23,7 +23,7 @@ class RotaryRows:
         restart: use positions that restart in each document.
     """
 
-    plan: ContextPlan
+    maker: LayoutMaker
     groups: ContextGroups
     restart: bool = False
     _last: Any = field(default_factory=WeakIdKeyDictionary)
@@ -40,11 +40,11 @@ class RotaryRows:
         length = table.shape[dim]
         layout = current_layout()
         if layout is None or layout.length != length:
-            layout = self.plan.layout(length)
-        if self.plan.size == 1 and not (self.restart and layout.restart_positions):
+            layout = self.maker.layout(length)
+        if self.maker.plan.size == 1 and not (self.restart and layout.restart_positions):
             return table
         remembered = self._last.get(table)
-        if remembered is not None and remembered[0] == layout:
+        if remembered is not None and remembered[0] == layout and remembered[0].order is layout.order:
             return remembered[1]
         cut = self._cut(table, layout, dim)
         self._last[table] = (layout, cut)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mindspeed.core.attention import FULL, Accumulator, Dropout, Scoring, attend, attend_backward
+from mindspeed.core.attention.contract import Bias
 from mindspeed.core.context_parallel.layout import SequenceLayout, positions_of, tiles_between
 from mindspeed.core.context_parallel.placement import Segments
 
@@ -58,7 +59,8 @@ def plan_between(
 ) -> tuple[Work, ...]:
     """Kernel calls between any two blocks."""
     if layout.custom_mask is not None:
-        return tuple(_custom_work(layout.custom_mask, queries(0), keys(0), batch, options))
+        rows, columns = positions_of(queries(0)), positions_of(keys(0))
+        return tuple(_custom_work(layout.custom_mask, rows, columns, batch, options))
     groups = [slice(index, index + 1) for index in range(batch)] if layout.samples_differ else [slice(0, batch)]
     found = []
     for samples in groups:
@@ -69,34 +71,72 @@ def plan_between(
                 places = positions_of(rows)[tile.rows], positions_of(columns)[tile.keys]
                 bias = AlibiBias(options.slopes, *places, options.distance)
             scoring = Scoring(options.scale, tile.visible, bias, options.dropout)
-            found.append(_seeded(Work(samples, tile.rows, tile.keys, scoring), rows, columns))
+            work = Work(samples, tile.rows, tile.keys, scoring)
+            found.append(_seeded(work, _at(rows, tile.rows.start), _at(columns, tile.keys.start)))
     return tuple(found)
 
 
-def _custom_work(mask: Tensor, queries: Segments, keys: Segments, batch: int, options: AttentionOptions) -> Iterator[Work]:
+def _at(segments: Segments, place: int) -> int:
+    """Global position of a place in local order."""
+    for segment in segments:
+        if place < segment.size:
+            return segment.start + place
+        place -= segment.size
+    raise IndexError(place)
+
+
+def plan_tile(
+    layout: SequenceLayout, query_rank: int, key_rank: int, batch: int, options: AttentionOptions
+) -> tuple[Work, ...]:
+    """Kernel calls of a tile of remapped tokens; the layout has an order, and a mask or masks of its tiles."""
+    assert layout.order is not None and layout.custom_mask is not None
+    rows, keys = (layout.order.view(layout.ring, -1)[rank] for rank in (query_rank, key_rank))
+    if layout.tile_masks is None:
+        return tuple(_custom_work(layout.custom_mask, rows, keys, batch, options))
+    hidden = layout.tile_masks[query_rank, key_rank]
+    scoring = Scoring(options.scale, FULL, None if hidden is None else MaskBias(hidden), options.dropout)
+    work = Work(slice(0, batch), slice(0, len(rows)), slice(0, len(keys)), scoring)
+    return (_seeded(work, int(rows[0]), int(keys[0])),)
+
+
+def _custom_work(mask: Tensor, rows: Tensor, keys: Tensor, batch: int, options: AttentionOptions) -> Iterator[Work]:
     """At most one call per mask: none where all is hidden, mask-free where all is visible."""
     mask = mask.reshape(-1, *mask.shape[-2:])
-    rows, columns = positions_of(queries), positions_of(keys)
     for index, hidden in enumerate(mask):
-        part = hidden.index_select(0, rows.to(mask.device)).index_select(1, columns.to(mask.device))
+        part = hidden.index_select(0, rows.to(mask.device)).index_select(1, keys.to(mask.device))
         if part.all():
             continue
         samples = slice(0, batch) if mask.shape[0] == 1 else slice(index, index + 1)
-        bias = MaskBias(part) if part.any() else None
-        work = Work(samples, slice(0, len(rows)), slice(0, len(columns)), Scoring(options.scale, FULL, bias, options.dropout))
-        yield _seeded(work, queries, keys)
+        bias: Bias | None = MaskBias(part) if part.any() else None
+        if options.slopes is not None:
+            bias = SumOfBiases((AlibiBias(options.slopes, rows, keys, options.distance), *([] if bias is None else [bias])))
+        work = Work(samples, slice(0, len(rows)), slice(0, len(keys)), Scoring(options.scale, FULL, bias, options.dropout))
+        yield _seeded(work, int(rows[0]), int(keys[0]))
 
 
-def _seeded(work: Work, queries: Segments, keys: Segments) -> Work:
+def _seeded(work: Work, row: int, key: int) -> Work:
     """Give a tile its own dropout seed, made from global positions of its first query and key."""
     dropout = work.scoring.dropout
     if dropout is None:
         return work
-    row, key = int(positions_of(queries)[work.rows.start]), int(positions_of(keys)[work.keys.start])
     seed = dropout.seed
     for part in (row, key, work.samples.start):
         seed = ((seed ^ part) * 0x2545F4914F6CDD1D + 0x9E3779B97F4A7C15) & (2**63 - 1)
     return replace(work, scoring=replace(work.scoring, dropout=replace(dropout, seed=seed)))
+
+
+@dataclass(frozen=True)
+class SumOfBiases:
+    """Several biases at once: a mask and ALiBi."""
+
+    parts: tuple[Callable[[range, range], Tensor], ...]
+
+    def __call__(self, rows: range, keys: range) -> Tensor:
+        """Sum of the parts for these rows and keys."""
+        total = self.parts[0](rows, keys)
+        for part in self.parts[1:]:
+            total = total + part(rows, keys).to(total.device)
+        return total
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Remapping finds structure, schedules keep their promises, and adaptive attention equals dense attention."""
 
+import argparse
 import itertools
 import time
 
@@ -10,13 +11,28 @@ from hypothesis import strategies as st
 
 from mindspeed.core.attention import FULL, Scoring
 from mindspeed.core.context_parallel.adaptive.adaptive_attention import AdaptivePlan, adaptive_attention
+from mindspeed.core.context_parallel.adaptive.feature import AdaptiveContextParallel, AdaptiveFlags
+from mindspeed.core.context_parallel.adaptive.planner import AdaptivePlanner
 from mindspeed.core.context_parallel.adaptive.remap import best_order, remapped_order, tile_grid
 from mindspeed.core.context_parallel.adaptive.schedule import BUDGET, message_units, schedule_tiles
+from mindspeed.core.context_parallel.context_attention import context_attention
 from mindspeed.core.context_parallel.exchange import Mailbox
+from mindspeed.core.context_parallel.gathered_attention import heads_first, sequence_first
+from mindspeed.core.context_parallel.groups import ContextGroups
 from mindspeed.core.context_parallel.layout import SequenceLayout
-from mindspeed.core.context_parallel.work import MaskBias, Work
+from mindspeed.core.context_parallel.maker import LayoutMaker
+from mindspeed.core.context_parallel.plan import ContextPlan
+from mindspeed.core.context_parallel.utils import (
+    USER,
+    set_adaptive_cp_grid_mask_by_user,
+    set_adaptive_cp_mask_list_by_user,
+)
+from mindspeed.core.context_parallel.work import AttentionOptions, MaskBias, Work
+from mindspeed.core.transformer.flash_attention.generate_mask.generate_mask import set_attention_mask
+from mindspeed.patching import RunShape
 from mindspeed.testing import ranks
-from tests.core.context_parallel.dense import assert_near, dense, draw
+from mindspeed.testing.parity import assert_same_training
+from tests.core.context_parallel.dense import assert_near, assert_parity, dense, draw
 
 
 def grids(ranks_):
@@ -148,3 +164,79 @@ def test_four_devices_equal_dense(world, name):
 def test_two_devices_equal_dense(world, dtype):
     for name in MASKS:
         check(world, name, dtype)
+
+
+def problems(**changes):
+    run = argparse.Namespace(
+        **{"context_parallel_size": 4, "context_parallel_algo": "adaptive_cp_algo", "seq_length": 64, **changes}
+    )
+    flags = AdaptiveFlags(**{key: value for key, value in changes.items() if key.startswith("adaptive_")})
+    return [str(problem) for problem in AdaptiveContextParallel().check(flags, RunShape(run, "cpu"))]
+
+
+def test_flags_without_an_adaptive_algorithm_are_refused():
+    assert problems() == []
+    (message,) = problems(context_parallel_algo="ulysses_cp_algo", adaptive_cp_only_reschedule=True)
+    assert "--adaptive-cp-only-reschedule" in message and "needs an adaptive algorithm" in message
+    (message,) = problems(adaptive_cp_manually_set_mask_list=True, adaptive_cp_dynamic_attn_mask=True)
+    assert "contradicts" in message
+
+
+@ranks(4)
+@pytest.mark.parametrize("algorithm", ["adaptive_cp_algo", "hybrid_adaptive_cp_algo"])
+def test_through_the_one_call(world, algorithm):
+    plan = ContextPlan(algorithm, 4, degree=2 if "hybrid" in algorithm else None)
+    groups = ContextGroups()
+    groups.create(plan, world.group, overlap=False)
+    maker = LayoutMaker(plan, adaptive=AdaptivePlanner(groups))
+    for mask in (None, ~MASKS["streams"], torch.rand(2, 1, S, S, generator=torch.Generator().manual_seed(5)) < 0.4):
+        set_attention_mask(mask)
+        layout = maker.layout(S)
+        assert maker.layout(S) is layout, "planned once while the mask stays"
+
+        def attention(q, k, v, layout=layout):
+            inputs = [sequence_first(tensor) for tensor in (q, k, v)]
+            options = AttentionOptions(0.3)
+            return heads_first(context_attention(*inputs, plan=plan, groups=groups, layout=layout, options=options))
+
+        assert_parity(attention, layout, world.rank)
+    set_attention_mask(None)
+
+
+@ranks(2)
+def test_masks_by_hand(world):
+    plan, groups = ContextPlan("adaptive_cp_algo", 2), ContextGroups()
+    groups.create(plan, world.group, overlap=False)
+    maker = LayoutMaker(plan, adaptive=AdaptivePlanner(groups, remap=False, manual=True))
+    hidden = ~MASKS["causal"]
+    half = S // 2
+
+    def masks(order, schedule, rank, ranks_):
+        tasks = [task for tasks in schedule for task in tasks if task.device == rank]
+        blocks = [hidden[t.row * half : (t.row + 1) * half, t.column * half : (t.column + 1) * half] for t in tasks]
+        return [block if block.any() else None for block in blocks]
+
+    set_adaptive_cp_grid_mask_by_user([[True, False], [True, True]])
+    set_adaptive_cp_mask_list_by_user(masks)
+    layout = maker.layout(S)
+    assert sum(len(tasks) for tasks in layout.rounds) == 3
+
+    def attention(q, k, v):
+        inputs = [sequence_first(tensor) for tensor in (q, k, v)]
+        out = context_attention(*inputs, plan=plan, groups=groups, layout=layout, options=AttentionOptions(0.3))
+        return heads_first(out)
+
+    assert_parity(attention, layout, world.rank)
+    set_adaptive_cp_mask_list_by_user([])
+    with pytest.raises(ValueError, match=r"rank \d computes \d tiles, got 0 masks"):
+        AdaptivePlanner(groups, remap=False, manual=True).remapped(plan.layout(S))
+    set_adaptive_cp_grid_mask_by_user([[True]])
+    with pytest.raises(ValueError, match="expected a grid of 2 x 2"):
+        AdaptivePlanner(groups, remap=False, manual=True).remapped(plan.layout(S))
+    USER.clear()
+
+
+def test_training_with_an_adaptive_schedule():
+    rope = "--position-embedding-type rope --group-query-attention --num-query-groups 2"
+    flags = f"{rope} --context-parallel-size 2 --context-parallel-algo adaptive_cp_algo"
+    assert_same_training(rope, flags, world_b=2, features=["adaptive-context-parallel"])

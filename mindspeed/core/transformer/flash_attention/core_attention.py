@@ -18,20 +18,11 @@ from mindspeed.core.attention import Dropout
 from mindspeed.core.context_parallel.context_attention import context_attention
 from mindspeed.core.context_parallel.groups import ContextGroups
 from mindspeed.core.context_parallel.layout import SequenceLayout
-from mindspeed.core.context_parallel.plan import ContextPlan
+from mindspeed.core.context_parallel.maker import LayoutMaker
 from mindspeed.core.context_parallel.scope import current_layout
 from mindspeed.core.context_parallel.work import AttentionOptions
-from mindspeed.core.transformer.flash_attention.generate_mask.generate_mask import STORE
 
 CAUSAL_TYPES = ("causal", "padding_causal")
-
-
-@dataclass(frozen=True)
-class Band:
-    """Limits on what a row sees besides its layer's rule; None is no limit."""
-
-    past: int | None = None
-    future: int | None = None
 
 
 @dataclass(frozen=True)
@@ -39,18 +30,14 @@ class CoreAttention:
     """Everything that a run decides about core attention once.
 
     Attributes:
-        plan, groups: how sequences are shared out.
-        band: from `--pre-tockens` and `--next-tockens`.
-        band_rules: the band decides about the future too (`--sparse-mode 4`).
+        maker, groups: how sequences are shared out, and the band.
         slopes_of: number of heads over all tensor-parallel ranks -> ALiBi slopes of this rank, or None without ALiBi.
         distance: what ALiBi slopes multiply, see `AlibiBias`.
         rng_fork: scope in which attention dropout draws, from the host's tracker.
     """
 
-    plan: ContextPlan
+    maker: LayoutMaker
     groups: ContextGroups
-    band: Band = Band()
-    band_rules: bool = False
     slopes_of: Callable[[int, torch.device], Tensor] | None = None
     distance: str = "absolute"
     rng_fork: Callable[[], AbstractContextManager[Any]] | None = None
@@ -83,7 +70,7 @@ class CoreAttention:
             query,
             key,
             value,
-            plan=self.plan,
+            plan=self.maker.plan,
             groups=self.groups,
             layout=layout,
             options=self._options(module, query),
@@ -100,20 +87,23 @@ class CoreAttention:
             raise ValueError(
                 f"core attention: {query.shape[0]} queries and {key.shape[0]} keys; cross attention is not supported"
             )
-        length = query.shape[0] * self.plan.size
+        length = query.shape[0] * self.maker.plan.size
         layout = self._packed_layout(length, packed) if packed is not None else current_layout()
         if layout is None or layout.length != length:
-            layout = self.plan.layout(length, custom_mask=STORE.custom)
+            layout = self.maker.layout(length)
         name = (attn_mask_type if attn_mask_type is not None else module.attn_mask_type).name
+        if layout.rounds is not None and name not in CAUSAL_TYPES and not self.maker.has_mask():
+            raise ValueError(
+                f"--context-parallel-algo {self.maker.plan.algorithm} needs a mask with structure; a layer of type {name} without "
+                "one sees everything: use another algorithm"
+            )
         if layout.custom_mask is not None:
             _check_mask("set_attention_mask", layout.custom_mask, length, query.shape[1])
             return layout
         if attention_mask is not None and name not in CAUSAL_TYPES:
             _check_mask("attention_mask", attention_mask, length, query.shape[1])
             return replace(layout, custom_mask=attention_mask)
-        past, future = self.band.past, self.band.future
-        if name in CAUSAL_TYPES and not self.band_rules:
-            future = min(0, future) if future is not None else 0
+        past, future = self.maker.band.limits(name in CAUSAL_TYPES)
         return replace(layout, past=past, future=future)
 
     def _packed_layout(self, length: int, packed: Any) -> SequenceLayout:
@@ -123,9 +113,9 @@ class CoreAttention:
         padded = real if padded_ends is None else padded_ends.tolist()
         if padded[-1] != length:
             raise ValueError(f"packed sequences end at {padded[-1]}, but the batch has {length} tokens")
-        unit = 2 * self.plan.ring
+        unit = 2 * self.maker.plan.ring
         for start, stop in zip(padded, padded[1:], strict=False):
-            if self.plan.size > 1 and (stop - start) % unit:
+            if self.maker.plan.size > 1 and (stop - start) % unit:
                 raise ValueError(
                     f"a packed sequence of {stop - start} tokens must be padded to a multiple of {unit} (2 x ring size)"
                 )
@@ -133,8 +123,8 @@ class CoreAttention:
         inner = {start + size for start, size in zip(padded, lengths, strict=False)}
         boundaries = tuple(sorted({0, length, *padded, *inner}))
         cuts = tuple(sorted(set(padded)))
-        placement = "document_zigzag" if self.plan.ring > 1 else "contiguous"
-        layout = self.plan.layout(length, boundaries=(boundaries,))
+        placement = "document_zigzag" if self.maker.plan.ring > 1 else "contiguous"
+        layout = self.maker.layout(length, boundaries=(boundaries,))
         return replace(layout, placement=placement, cuts=(cuts,))
 
     def _options(self, module: Any, query: Tensor) -> AttentionOptions:

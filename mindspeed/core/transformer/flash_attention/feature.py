@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from mindspeed.core.context_parallel.adaptive.planner import AdaptivePlanner
 from mindspeed.core.context_parallel.batches import BatchLayouts
 from mindspeed.core.context_parallel.groups import ContextGroups
-from mindspeed.core.context_parallel.plan import ContextPlan
+from mindspeed.core.context_parallel.maker import Band, LayoutMaker
+from mindspeed.core.context_parallel.plan import ADAPTIVE, HYBRID_ADAPTIVE, ContextPlan
 from mindspeed.core.context_parallel.positions import RotaryRows
 from mindspeed.core.transformer.flash_attention.alibi import distance_of, slopes_of_rank
-from mindspeed.core.transformer.flash_attention.core_attention import Band, CoreAttention
+from mindspeed.core.transformer.flash_attention.core_attention import CoreAttention
 from mindspeed.core.transformer.flash_attention.wiring import Wiring
 from mindspeed.patching import Change, Feature, Patch, Problem, RunShape, flag
 
@@ -71,7 +73,7 @@ class FlashAttention(Feature):
         """Core attention, batches, rotary tables, recomputation."""
         wiring = _wiring(flags, host)
         yield from wiring.attention_patches()
-        if wiring.attention.plan.size > 1 or wiring.in_documents:
+        if wiring.attention.maker.plan.size > 1 or wiring.in_documents:
             yield from wiring.position_patches()
         if wiring.in_documents:
             yield from wiring.document_patches(host.args.pipeline_model_parallel_size, lambda: host.rank("tp") == 0)
@@ -79,7 +81,7 @@ class FlashAttention(Feature):
     def subscribe(self, flags: FlashFlags, host: Any) -> None:
         """Make process groups when the host's exist, drop them with the host's."""
         wiring = _wiring(flags, host)
-        plan = wiring.attention.plan
+        plan = wiring.attention.maker.plan
         if plan.size > 1:
             overlap = bool(getattr(host.args, "use_cp_send_recv_overlap", False))
             host.events.on("groups_created", lambda: wiring.groups.create(plan, host.group("cp"), overlap))
@@ -104,30 +106,31 @@ def build_wiring(flags: FlashFlags, host: Any) -> Wiring:
     args = vars(host.args)
     plan, groups = ContextPlan.of(args), ContextGroups()
     in_documents = bool(args.get("reset_attention_mask"))
+    band = _band(flags, frozenset(args.get("given_flags") or ()))
+    adaptive = AdaptivePlanner.of(args, groups) if plan.algorithm in (ADAPTIVE, HYBRID_ADAPTIVE) and plan.size > 1 else None
+    maker = LayoutMaker(plan, band, adaptive, mask_on_cpu=bool(args.get("attention_mask_on_cpu")))
     attention = CoreAttention(
-        plan,
+        maker,
         groups,
-        band=_band(flags, frozenset(args.get("given_flags") or ())),
-        band_rules=flags.sparse_mode == 4,
         slopes_of=_slopes_of(host) if args.get("position_embedding_type") == "alibi" else None,
         distance=distance_of(args.get("alibi_fusion_attn_type"), bool(args.get("alibi_diagonal_opposite"))),
         rng_fork=lambda: host.load("megatron.core.tensor_parallel.random:get_cuda_rng_tracker")().fork(),
     )
     batches = BatchLayouts(
-        plan,
+        maker,
         groups,
         eod=(lambda: int(host.load("training:get_tokenizer")().eod)) if in_documents else None,
         restart_positions=bool(args.get("reset_position_ids")) and in_documents,
         tensor_group=lambda: host.group("tp"),
     )
-    return Wiring(attention, batches, RotaryRows(plan, groups, restart=batches.restart_positions), in_documents)
+    return Wiring(attention, batches, RotaryRows(maker, groups, restart=batches.restart_positions), in_documents)
 
 
 def _band(flags: FlashFlags, given: frozenset[str]) -> Band:
     if not _has_band(flags, given):
         return Band()
     unlimited = flags.pre_tockens == UNLIMITED and "pre_tockens" not in given
-    return Band(None if unlimited else flags.pre_tockens, flags.next_tockens)
+    return Band(None if unlimited else flags.pre_tockens, flags.next_tockens, rules=flags.sparse_mode == 4)
 
 
 def _slopes_of(host: Any) -> Any:

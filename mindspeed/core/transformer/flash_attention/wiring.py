@@ -112,7 +112,7 @@ class Wiring:
         if model.pre_process or received is None:
             return None
         shards = model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
-        return int(received.shape[0]) * shards * self.attention.plan.size
+        return int(received.shape[0]) * shards * self.attention.maker.plan.size
 
     def _forward_step(self, original: Original, forward_step_func: Any, data_iterator: Any, *args: Any, **kwargs: Any) -> Any:
         with self.batches.reading_from(data_iterator):

@@ -1,0 +1,78 @@
+"""The one place where layouts are made, for batches, rotary tables and core attention alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from mindspeed.core.context_parallel.layout import Boundaries, SequenceLayout
+from mindspeed.core.context_parallel.plan import ContextPlan
+from mindspeed.core.transformer.flash_attention.generate_mask.generate_mask import STORE
+
+
+@dataclass(frozen=True)
+class Band:
+    """Limits on what a row sees besides its layer's rule; None is no limit.
+
+    `rules`: the band alone decides about the future too, also in causal layers.
+    """
+
+    past: int | None = None
+    future: int | None = None
+    rules: bool = False
+
+    def limits(self, causal: bool) -> tuple[int | None, int | None]:
+        """(past, future) of a layer."""
+        if not causal or self.rules:
+            return self.past, self.future
+        return self.past, 0 if self.future is None else min(0, self.future)
+
+
+class Remapper(Protocol):
+    """Adds an order and a schedule to a layout."""
+
+    def remapped(self, layout: SequenceLayout) -> SequenceLayout:
+        """The layout with order, rounds and mask."""
+        ...
+
+
+@dataclass(frozen=True)
+class LayoutMaker:
+    """Makes the layout of a micro batch from the plan of the run, the band, and the mask in force.
+
+    Attributes:
+        adaptive: remaps tokens by the mask, for the adaptive algorithms.
+        mask_on_cpu: a custom mask stays in host memory.
+    """
+
+    plan: ContextPlan
+    band: Band = Band()
+    adaptive: Remapper | None = None
+    mask_on_cpu: bool = False
+
+    def layout(self, length: int, *, boundaries: Boundaries | None = None, restart_positions: bool = False) -> SequenceLayout:
+        """Layout of `length` tokens, for causal layers."""
+        past, future = self.band.limits(causal=True)
+        layout = self.plan.layout(
+            length,
+            boundaries=boundaries,
+            restart_positions=restart_positions,
+            custom_mask=self._mask(),
+            past=past,
+            future=future,
+        )
+        return layout if self.adaptive is None else self.adaptive.remapped(layout)
+
+    def has_mask(self) -> bool:
+        """Whether the user set a mask."""
+        return STORE.custom is not None
+
+    def _mask(self) -> Tensor | None:
+        """The mask in force, where kernels want it."""
+        if STORE.custom is None or self.mask_on_cpu:
+            return STORE.custom
+        from mindspeed.platform import current
+
+        return STORE.custom.to(current().device())
