@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,8 +18,20 @@ from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.rerun_state_machine import RerunDataIterator
 
 from mindspeed import platform
+from mindspeed.data_files import (
+    Index,
+    cache_failures,
+    check_cache,
+    check_enough_tokens,
+    check_indexed_dataset,
+    check_token_ids,
+    locate,
+    mend_cache,
+    read_blend,
+    read_split,
+)
 from mindspeed.errors import DataError
-from mindspeed.training.session import get_args, get_tokenizer
+from mindspeed.training.session import current, get_args, get_tokenizer
 
 Blend = tuple[list[str], list[float] | None]
 Batch = dict[str, torch.Tensor | None]
@@ -47,6 +60,26 @@ def prefixes(args: argparse.Namespace) -> list[str]:
     """Every data set prefix that the arguments name."""
     whole, split = blends(args)
     return [prefix for blend in (whole, *(split or ())) if blend for prefix in blend[0]]
+
+
+def check_files(args: argparse.Namespace) -> list[Index]:
+    """Look at the structure of every data file before anything is started.
+
+    Raises:
+        DataError: a file is missing, damaged or too small, or the cache folder cannot be used.
+    """
+    if args.data_path:
+        read_blend(args.data_path)
+    indices = [check_indexed_dataset(prefix) for prefix in dict.fromkeys(prefixes(args))]
+    if args.split is not None:
+        shares = dict(zip(("train", "valid", "test"), read_split(args.split), strict=True))
+        used = [name for name, share in shares.items() if share > 0 and (name == "train" or args.eval_iters > 0)]
+        for index in indices:
+            check_enough_tokens(index, args.seq_length, split=args.split, used=used)
+    if args.data_cache_path and args.rank == 0:
+        check_cache(args.data_cache_path)
+        mend_cache(args.data_cache_path)
+    return indices
 
 
 def is_dataset_built_on_rank() -> bool:
@@ -82,7 +115,8 @@ def train_valid_test_datasets_provider(train_val_test_num_samples: Sequence[int]
     builder = BlendedMegatronDatasetBuilder(
         kind, list(train_val_test_num_samples), is_dataset_built_on_rank, dataset_config(args)
     )
-    return tuple(builder.build())  # type: ignore[return-value]
+    with cache_failures(args.data_cache_path or "beside the data"):
+        return tuple(builder.build())  # type: ignore[return-value]
 
 
 train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
@@ -231,6 +265,9 @@ def _sent_names(args: argparse.Namespace) -> tuple[str, ...]:
 
 def _read(data_iterator: Any) -> Batch:
     sample = next(data_iterator)
+    size, indices = get_args().padded_vocab_size, current().notes.get("data_files", ())
+    for name in ("tokens", "labels"):
+        check_token_ids(sample[name], size, where=functools.partial(locate, indices, size))
     return {name: sample[name].cuda(non_blocking=True) if name in sample else None for name in _WHOLE_MODEL}
 
 

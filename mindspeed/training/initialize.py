@@ -24,6 +24,7 @@ from mindspeed.patching.discovery import all_features
 from mindspeed.runtime import revert, start
 from mindspeed.training import session as sessions
 from mindspeed.training.arguments import ArgumentsProvider, parse_args
+from mindspeed.training.launch import STORE_SOCKET
 from mindspeed.training.session import Session
 from mindspeed.training.tokenizers import build_tokenizer
 
@@ -93,12 +94,15 @@ def initialize(
     """
     from megatron.core.timers import Timers
 
+    from mindspeed.training import data
+
     begun = time.time()
     host = settle_arguments(extra_args_provider, args_defaults, argv)
     args = host.args
     if args.logging_level is not None:
         python_logging.getLogger().setLevel(args.logging_level)
     session = sessions.begin(Session(args=args, events=host.events, begun=begun))
+    session.notes["data_files"] = data.check_files(args)
     session.timers = Timers(args.timing_log_level, args.timing_log_option)
     session.tokenizer = build_tokenizer(args)
     _meet(args, session)
@@ -160,13 +164,19 @@ def _store(args: argparse.Namespace) -> Any:
             is_master=_serves(args),
             timeout=waiting,
             wait_for_workers=False,
-            multi_tenant=True,
+            **_listening(),
         )
     except (RuntimeError, ValueError) as error:
         why = "the port is in use" if "EADDRINUSE" in str(error) or "in use" in str(error) else str(error).splitlines()[0]
         raise MindspeedError(
             f"rank {args.rank} cannot meet the others at {address}:{port}: {why}. Choose another MASTER_PORT."
         ) from error
+
+
+def _listening() -> dict[str, Any]:
+    """The launcher's reserved socket where there is one; otherwise the store may share a port with other stores."""
+    descriptor = os.environ.get(STORE_SOCKET)
+    return {"multi_tenant": True} if descriptor is None else {"master_listen_fd": int(descriptor)}
 
 
 def _serves(args: argparse.Namespace) -> bool:
@@ -178,7 +188,7 @@ def _facts(args: argparse.Namespace) -> dict[str, str]:
     """What must be equal on all ranks, as text."""
     from importlib import metadata
 
-    own = ("rank", "local_rank", "mindspeed")
+    own = ("rank", "local_rank", "mindspeed", "given_flags")
     facts = {name: repr(value) for name, value in vars(args).items() if name not in own}
     for package in ("mindspeed", "torch", "megatron-core"):
         facts[f"version of {package}"] = metadata.version(package)

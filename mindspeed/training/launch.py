@@ -21,17 +21,19 @@ from typing import Any
 
 ERROR_FILE = "MINDSPEED_ERROR_FILE"  # where a worker describes its failure
 LAUNCHER = "MINDSPEED_LAUNCHER_PID"  # process that a worker must not outlive
+STORE_SOCKET = "MINDSPEED_STORE_SOCKET"  # descriptor of the socket that rank 0's store listens on
 REFUSED = 2  # exit status of a rank whose command line cannot be honoured: every rank says the same
 GRACE_SECONDS = 5.0  # between a polite signal and SIGKILL
 SETTLE_SECONDS = 1.0  # after the first failure, for the others to tell their own
 _POLL_SECONDS = 0.05
 
 
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def reserved_port() -> socket.socket:
+    """A socket bound to a free port of the loopback interface; rank 0 inherits it, so that nobody can take the port."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.set_inheritable(True)
+    return listener
 
 
 @dataclass
@@ -90,16 +92,17 @@ class Launcher:
         """
         with tempfile.TemporaryDirectory(prefix="mindspeed-") as folder, self._forwarding_signals():
             try:
-                self._start(Path(folder))
+                with reserved_port() as listener:
+                    self._start(Path(folder), listener)
                 self._wait()
             finally:
                 self._end_all()
             return self._conclude()
 
-    def _start(self, folder: Path) -> None:
+    def _start(self, folder: Path, listener: socket.socket) -> None:
         shared = {
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": os.environ.get("MASTER_PORT") or str(free_port()),
+            "MASTER_PORT": str(listener.getsockname()[1]),
             "WORLD_SIZE": str(self._nproc),
             "LOCAL_WORLD_SIZE": str(self._nproc),
             LAUNCHER: str(os.getpid()),
@@ -108,9 +111,11 @@ class Launcher:
         for number in range(self._nproc):
             error_file = folder / f"rank{number}.json"
             own = {"RANK": str(number), "LOCAL_RANK": str(number), ERROR_FILE: str(error_file)}
+            passed = (listener.fileno(),) if number == 0 else ()
+            own |= {STORE_SOCKET: str(listener.fileno())} if passed else {}
             environment = {**os.environ, **shared, **own, **self._environment}
             # in sessions of their own, so that Ctrl-C reaches them through us alone and only once
-            process = subprocess.Popen(self._command, env=environment, start_new_session=True)
+            process = subprocess.Popen(self._command, env=environment, start_new_session=True, pass_fds=passed)
             self._ranks.append(Rank(number, process, error_file))
 
     def _wait(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -32,15 +33,19 @@ runpy.run_path({script!r}, run_name="__main__")
 """
 
 
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 def megatron_lm(folder: Path, flags: str) -> str:
     """Standard output of Megatron-LM's pretrain_gpt.py, retargeted by the one import line, on one rank."""
     entry = folder / "host.py"
     entry.write_text(SCRIPT.format(script=f"{CHECKOUT}/pretrain_gpt.py"))
-    from mindspeed.training.launch import free_port
-
     environment = {
         **os.environ, "PYTHONPATH": f"{CHECKOUT}:{Path(__file__).parents[2]}", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(entry), *flags.split()], env=environment, cwd=folder, capture_output=True, text=True, timeout=240
