@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from mindspeed.testing.triton_interpreter import on_cuda
-from tests.ops_kernels import test_triton_grouped, test_triton_moe_ring, test_triton_norm_activation, test_triton_optimizer
+from tests.ops_kernels import (
+    test_triton_grouped,
+    test_triton_moe_ring,
+    test_triton_norm_activation,
+    test_triton_optimizer,
+    test_triton_quantised,
+)
 from tests.ops_kernels import test_triton_rotary_softmax_dropout as test_triton_rotary
 
 for _module in (
@@ -11,6 +17,7 @@ for _module in (
     test_triton_moe_ring,
     test_triton_norm_activation,
     test_triton_optimizer,
+    test_triton_quantised,
     test_triton_rotary,
 ):
     for _name, _test in vars(_module).items():

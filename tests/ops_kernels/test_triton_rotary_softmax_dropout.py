@@ -7,7 +7,7 @@ import torch
 
 from mindspeed.testing.triton_interpreter import triton_interpreter
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16]
 
 
 def normal(*shape, dtype=torch.float32, grad=True):

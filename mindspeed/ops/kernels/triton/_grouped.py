@@ -21,7 +21,7 @@ def _tile(dtype: torch.dtype) -> dict[str, int]:
 
 
 @triton.jit
-def _dot(a, b, total, UPCAST: tl.constexpr):
+def dot(a, b, total, UPCAST: tl.constexpr):
     """`total + a @ b` in the precision of the operands; UPCAST because the interpreter's dot is wrong on bfloat16."""
     if UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
@@ -74,7 +74,7 @@ def multiply(
             mask=(k[:, None] < inner) & live_column[None, :],
             other=0.0,
         )
-        total = _dot(a, b, total, UPCAST)
+        total = dot(a, b, total, UPCAST)
     if BIAS:
         bias = tl.load(bias_ptr + tl.minimum(group, groups - 1) * columns + column, mask=live_column, other=0.0).to(tl.float32)
         total += tl.where(valid[:, None], bias[None, :], 0.0)
@@ -100,7 +100,7 @@ def weight_gradient(
         b = tl.load(
             dy_ptr + row[:, None] * dy_m + column[None, :] * dy_n, mask=live[:, None] & (column[None, :] < columns), other=0.0
         )
-        total = _dot(a, b, total, UPCAST)
+        total = dot(a, b, total, UPCAST)
     out = out_ptr + group.to(tl.int64) * out_g + k[:, None] * out_k + column[None, :] * out_n
     inside = (k[:, None] < inner) & (column[None, :] < columns)
     if ACCUMULATE:
