@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a file or pipe has no width of its own
     known = groups()
     chosen = list(known) if not options.groups or "all" in options.groups else options.groups
     if unknown := [name for name in chosen if name not in known]:

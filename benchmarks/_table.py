@@ -64,7 +64,9 @@ def number(value: float | None) -> str:
     """Three significant digits; whole numbers as they are."""
     if value is None:
         return ""
-    return str(int(value)) if float(value).is_integer() and abs(value) < 1e12 else f"{value:.3g}"
+    if abs(value) >= 1000 or float(value).is_integer():
+        return f"{value:.0f}"
+    return f"{value:.3g}"
 
 
 def _peer(peer: dict[str, Any] | None) -> str:

@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 
-from benchmarks._case import Check, Paired, Run, case
+from benchmarks._case import Check, Paired, Run, Skip, case
+from benchmarks._ranks import cost
+from mindspeed.testing.pool import pools
 
+MICROS = 8  # per rank in step.scale: 2048 tokens, as in step.gpt4
 STEPS = 6  # per round and contender; the first one is a warm-up
 
 
@@ -51,6 +54,10 @@ class _Steps:
 
 
 def _train(hidden: int, length: int) -> _Steps:
+    return _train_with(f"--hidden-size {hidden} --seq-length {length} --max-position-embeddings {length}", length)
+
+
+def _train_with(flags: str, length: int) -> _Steps:
     """The built-in trainer in this process; a step lasts from one `step_begin` to the next, logging included."""
     import mindspeed
     from mindspeed.testing.parity import VOCABULARY, tiny_flags
@@ -60,7 +67,6 @@ def _train(hidden: int, length: int) -> _Steps:
 
     losses: list[float] = []
     moments: list[float] = []
-    sizes = f"--hidden-size {hidden} --seq-length {length} --max-position-embeddings {length}"
 
     def provide(pre_process: bool = True, post_process: bool = True) -> torch.nn.Module:
         chunk = model.model_provider(pre_process, post_process)
@@ -72,7 +78,7 @@ def _train(hidden: int, length: int) -> _Steps:
 
     with contextlib.redirect_stdout(io.StringIO()):
         pretraining.pretrain(
-            provider_for(length, VOCABULARY - 1), model_provider=provide, argv=tiny_flags(sizes, STEPS, "trainer")
+            provider_for(length, VOCABULARY - 1), model_provider=provide, argv=tiny_flags(flags, STEPS, "trainer")
         )
     return _Steps(losses, moments)
 
@@ -212,3 +218,34 @@ def _second_call(step: Callable[[], Any]) -> float:
     start = time.process_time()
     step()
     return time.process_time() - start
+
+
+@case("step.scale.dp", feature="trainer", metric="ratio", against="one process", must=1 / 1.08, aim=1 / 1.03)
+def data_parallel_scaling(run: Run) -> Paired:
+    """CPU seconds per token summed over data-parallel ranks, tokens per rank fixed, beside one process."""
+    size = max(run.ranks)
+    if size < 2:
+        raise Skip("needs --ranks with 2 or more")
+    flags = f"--hidden-size 256 --seq-length 256 --max-position-embeddings 256 --global-batch-size {MICROS * size}"
+    (first, *_), (alone,) = (
+        pools().get(ranks, megatron=True).run(_losses_of_run, flags) for ranks in (size, 1)
+    )  # the same samples in both runs
+    error = max(abs(a - b) / abs(b) for a, b in zip(first, alone, strict=True))
+    return Paired(
+        round=lambda: {
+            "ours": cost(size, _step_cost, flags, megatron=True) / size,
+            "one process": cost(
+                1, _step_cost, flags.replace(f"batch-size {MICROS * size}", f"batch-size {MICROS}"), megatron=True
+            ),
+        },
+        check=Check(error, 1e-5, "losses of all steps"),
+        workload={"ranks": size, "hidden": 256, "seq": 256, "micro batches per rank": MICROS, "dtype": "fp32"},
+    )
+
+
+def _losses_of_run(world: Any, flags: str) -> list[float]:
+    return _train_with(flags, 256).losses
+
+
+def _step_cost(world: Any, flags: str) -> float:
+    return _train_with(flags, 256).seconds
