@@ -77,9 +77,7 @@ class MegatronRuns:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._process is not None:
-            assert self._process.stdin is not None
-            self._process.stdin.close()
-            self._process.wait(timeout=20)
+            self._process.communicate(timeout=20)
 
     def environment(self) -> dict[str, str]:
         """Variables of every process of a run."""
@@ -119,15 +117,17 @@ class MegatronRuns:
 
     def _ask(self, request: Mapping[str, object]) -> dict:
         if self._process is None:
+            log = os.open(self.directory / "zygote.log", os.O_CREAT | os.O_WRONLY)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.hosts.zygote"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=(self.directory / "zygote.log").open("w"),
+                stderr=log,
                 text=True,
                 env=self.environment(),
                 cwd=Path(__file__).parents[2],
             )
+            os.close(log)
             self._read()
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -198,7 +198,7 @@ def as_argv(flags: Mapping[str, object]) -> list[str]:
     for name, value in flags.items():
         if value is None or value is False:
             continue
-        argv.append("--" + name.replace("_", "-"))
+        argv.append("--" + (name if "-" in name else name.replace("_", "-")))
         if isinstance(value, (list, tuple)):
             argv += map(str, value)
         elif value is not True:
