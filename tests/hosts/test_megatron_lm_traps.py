@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from mindspeed.checkpoint.layout import saving_name
 from tests.hosts.launcher import IMPORT_LINE, tiny_gpt
 
 # The host refuses to resume with another number of steps unless it is told to; its flag mixes dashes and underscores.
@@ -107,8 +108,8 @@ def test_damaged_checkpoint_is_refused_before_a_weight_is_used(runs, matrix, sav
 
 
 def test_interrupted_save_is_cleared_and_never_loaded(runs, matrix, saved):
-    shutil.copytree(saved / "iter_0000004", saved / ".saving_iter_0000006.0123abcd")
-    (saved / ".saving_iter_0000006.0123abcd" / "mindspeed_manifest.json").unlink()
+    shutil.copytree(saved / "iter_0000004", saved / saving_name(6, "0123abcd"))
+    (saved / saving_name(6, "0123abcd") / "mindspeed_manifest.json").unlink()
     flags = {"load": saved, "save": saved, "save_interval": 100, "ckpt_format": "torch", **ANOTHER_LENGTH}
     run = runs(*tiny_gpt(matrix.corpus, iterations=6, **flags))
     assert run.ok and sorted(run.curve) == [5, 6], run.tail()
@@ -161,7 +162,7 @@ def test_import_line_may_stand_anywhere(runs, matrix, checkout, where):
     script = runs.directory / f"pretrain_{where}.py"
     script.write_text((IMPORT_LINE if where == "twice" else "") + head + IMPORT_LINE + mark + tail)
     start = {"load": matrix.seed(), "finetune": True, "no_load_optim": True, "no_load_rng": True}
-    argv = tiny_gpt(matrix.corpus, iterations=4, **start, tensor_model_parallel_size=2, sequence_parallel=True)
+    argv = tiny_gpt(matrix.corpus, **start, tensor_model_parallel_size=2, sequence_parallel=True)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", str(script), *argv],
         env={**runs.environment(), "MASTER_PORT": "0"},

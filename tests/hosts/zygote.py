@@ -6,6 +6,7 @@ answers with `{"codes", "seconds"}`. Output of rank r goes to `<log>.<r>`.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -39,18 +40,24 @@ def main() -> None:
     for line in sys.stdin:
         run = json.loads(line)
         started = time.monotonic()
-        codes = run_ranks(**run)
+        codes = run_ranks(**run, inherited=answers.fileno())
         print(json.dumps({"codes": codes, "seconds": time.monotonic() - started}), file=answers, flush=True)
 
 
-def run_ranks(script: str, argv: list[str], world: int, env: dict[str, str], log: str, seconds: float) -> list[int]:
+def run_ranks(
+    script: str, argv: list[str], world: int, env: dict[str, str], log: str, seconds: float, inherited: int
+) -> list[int]:
     """Fork the ranks and wait for all of them; when one fails or time is up, the others are ended."""
     port = free_port()
     children = {}
     for rank in range(world):
         pid = os.fork()
         if pid == 0:
+            os.close(inherited)
+            os.setpgid(0, 0)  # whatever the rank starts goes with it
             become_rank(script, argv, rank, world, port, env, f"{log}.{rank}")
+        with contextlib.suppress(OSError):  # the child does it too; whoever comes first
+            os.setpgid(pid, pid)
         children[pid] = rank
     codes = [0] * world
     deadline = time.monotonic() + seconds
@@ -63,15 +70,17 @@ def run_ranks(script: str, argv: list[str], world: int, env: dict[str, str], log
             continue
         rank = children.pop(pid)
         codes[rank] = os.waitstatus_to_exitcode(status)
+        end({pid: rank})
         if codes[rank] != 0:
             deadline = min(deadline, time.monotonic() + 3)
     return codes
 
 
 def end(children: dict[int, int]) -> None:
-    """Kill ranks that are still there."""
+    """Kill ranks that are still there, and processes that they left behind."""
     for pid in children:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 def become_rank(script: str, argv: list[str], rank: int, world: int, port: int, env: dict[str, str], log: str) -> None:
