@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from mindspeed.core.transformer.fused_choice import is_disabled
+from mindspeed.core.transformer.fused_rotary_pos_emb import why_ours
 from mindspeed.errors import Problem
 from mindspeed.host.repairs import transformer_engine
 from mindspeed.patching.feature import Change, Feature, RunShape
@@ -29,13 +31,27 @@ class HostDefaults(Feature):
             yield Change("distributed_backend", current().backend, f"platform {run.platform} communicates through it")
         if self._falls_back_to_local(run):
             yield Change("transformer_impl", "local", "Transformer Engine is not installed")
-        if run.get("apply_rope_fusion") and not has_fused_rope():
-            yield Change("apply_rope_fusion", False, "neither Transformer Engine nor APEX nor a fused rope of ours is at hand")
+        if run.get("apply_rope_fusion") and (reason := self._why_no_fused_rope(run)):
+            yield Change("apply_rope_fusion", False, reason)
 
     @staticmethod
     def _falls_back_to_local(run: RunShape) -> bool:
         wants = run.get("transformer_impl") == "transformer_engine"
         return wants and "transformer_impl" not in run.given and not transformer_engine.installed()
+
+    @staticmethod
+    def _why_no_fused_rope(run: RunShape) -> str:
+        """Why the host's rope fusion cannot mean a kernel here, or ""."""
+        if why_ours(run):
+            by_itself = run.get("multi_latent_attention") or run.get("rotary_interleaved")
+            return "the host has no fused call for this form; our operator serves its plain one" if by_itself else ""
+        if is_disabled("rope", run):
+            return "--disable-fused-ops names rope"
+        return (
+            ""
+            if has_fused_rope()
+            else "neither Transformer Engine nor APEX is installed, and none of our kernels was asked for"
+        )
 
     def check(self, flags: NoFlags, run: RunShape) -> Iterator[Problem]:
         """What cannot work here, however the other flags stand."""

@@ -37,7 +37,6 @@ _GONE: dict[str, tuple[str, str]] = {
     "--moe-use-sinkhorn": ("legacy models only", "see --moe-router-load-balancing-type sinkhorn"),
     "--moe-adaptive-recompute-activation*": ("superseded", "see --moe-zero-memory"),
     "--moe-bmm-mc2": ("legacy models only", "see --moe-alltoall-overlap-comm"),
-    "--use-fused-moe-token-permute-and-unpermute": ("renamed", "see --moe-permute-fusion"),
     "--optimize-vpp-send-recv-comm": ("legacy models only", "see --optimize-send-recv-comm"),
     "--use-ema": ("renamed", "see --optimizer-selection fused_ema_adamw"),
     "--additional-config": ("legacy models only", "give the flags themselves"),

@@ -21,6 +21,7 @@ class DisableFlags:
 class DisableFusedOps(Feature):
     """Leave chosen operators to the host's own code; the features that would replace it ask here."""
 
+    page = "fused-operators"
     flags = DisableFlags
 
     def normalise(self, flags: DisableFlags, run: RunShape) -> Iterator[Change]:
@@ -32,4 +33,6 @@ class DisableFusedOps(Feature):
         """Names must be known."""
         for name in names_in(flags.disable_fused_ops):
             if name not in NAMES:
-                yield Problem(DISABLE, flags.disable_fused_ops, f"{name!r} is no fused operator", f"choose from {','.join(NAMES)}")
+                yield Problem(
+                    DISABLE, flags.disable_fused_ops, f"{name!r} is no fused operator", f"choose from {','.join(NAMES)}"
+                )

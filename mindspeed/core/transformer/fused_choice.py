@@ -6,6 +6,7 @@ CPU. `--disable-fused-ops` and the host's own `--no-*-fusion` flags win over the
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 
 from mindspeed.ops._registry import REGISTRY
@@ -23,6 +24,12 @@ def names_in(text: str | None) -> tuple[str, ...]:
 def is_disabled(name: str, run: RunShape) -> bool:
     """Whether `--disable-fused-ops` names this operator."""
     return name in names_in(run.get("disable_fused_ops"))
+
+
+def uses_transformer_engine(run: RunShape) -> bool:
+    """Whether layers are Transformer Engine's, which bring fused operators of their own."""
+    named = run.get("transformer_impl") == "transformer_engine"
+    return named and importlib.util.find_spec("transformer_engine") is not None
 
 
 def device_kernel(operator: str, device: str) -> str:

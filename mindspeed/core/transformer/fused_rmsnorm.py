@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from mindspeed.core.fusions.fused_rms_norm import RMSNorm
-from mindspeed.core.transformer.fused_choice import contradictions, why_fused
+from mindspeed.core.transformer.fused_choice import contradictions, uses_transformer_engine, why_fused
 from mindspeed.patching import Feature, Patch, Problem, RunShape, flag, wrap
 
 OPTION = "--use-fused-rmsnorm"
@@ -25,6 +25,7 @@ class FusedRmsnorm(Feature):
     """Compute RMSNorm with one fused operator."""
 
     level = 1
+    page = "fused-operators"
     flags = RmsnormFlags
     operators = ("rms_norm",)
 
@@ -58,7 +59,7 @@ def _elsewhere(run: RunShape) -> str:
     """The flag whose feature or host code makes norms in another way."""
     if run.get("tp_2d"):
         return "--tp-2d"
-    return "--transformer-impl transformer_engine" if run.get("transformer_impl") == "transformer_engine" else ""
+    return "--transformer-impl transformer_engine" if uses_transformer_engine(run) else ""
 
 
 def build_norm(

@@ -30,6 +30,7 @@ class FusedSwiglu(Feature):
     """Compute SwiGLU, with its bias or its weight per token, in one fused operator."""
 
     level = 1
+    page = "fused-operators"
     flags = SwigluFlags
     operators = ("swiglu", "bias_swiglu", "swiglu_weighted")
 
@@ -69,5 +70,5 @@ def build_experts(original: Callable[..., None], experts: Any, *args: Any, **kwa
 
 
 def weighted(x: Tensor, probs: Tensor) -> Tensor:
-    """`swiglu(x) * probs`; x: [T, 2F], probs: [T, 1]. Without tokens the host multiplies by empty weights of other sizes."""
+    """`swiglu(x) * probs`; x: [T, 2F], probs: [T, 1]."""
     return weighted_swiglu(x, probs)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from mindspeed.ops.npu_matmul_add import npu_matmul_add_fp16, npu_matmul_add_fp32
+from torch import Tensor
+
 from mindspeed.patching.patch import Patch, add, set_value, wrap
 from mindspeed.platform import Platform
 
@@ -31,6 +32,16 @@ def build_nothing(original: Callable[..., Any], *args: Any, **kwargs: Any) -> No
     """Leave out a compilation whose result nobody uses on this device."""
 
 
+def accumulate_fp32(total_input: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
+    """`main_grad += grad_output^T @ total_input`; the feature gradient-accumulation-fusion puts its operator here."""
+    main_grad.add_(grad_output.t().float() @ total_input.float())
+
+
+def accumulate_16_bit(total_input: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
+    """The same for a `main_grad` of 16 bits: summed in float32 and rounded once."""
+    main_grad.copy_(main_grad.float() + grad_output.t().float() @ total_input.float())
+
+
 def patches(platform: Platform) -> Iterator[Patch]:
     """Repairs inside megatron-core."""
     if platform.name != "cuda" or not has_extension("scaled_masked_softmax_cuda"):
@@ -44,7 +55,7 @@ def accumulation_patches() -> Iterator[Patch]:
     from megatron.core.tensor_parallel import layers
 
     why = f"gradient accumulation fusion is on by default and {_EXTENSION} is not installed"
-    functions = SimpleNamespace(wgrad_gemm_accum_fp32=npu_matmul_add_fp32, wgrad_gemm_accum_fp16=npu_matmul_add_fp16)
+    functions = SimpleNamespace(wgrad_gemm_accum_fp32=accumulate_fp32, wgrad_gemm_accum_fp16=accumulate_16_bit)
     introduce = set_value if hasattr(layers, _EXTENSION) else add
     yield introduce(f"{_LAYERS}:{_EXTENSION}", functions, reason=why)
     yield set_value(f"{_LAYERS}:_grad_accum_fusion_available", True, reason=why)

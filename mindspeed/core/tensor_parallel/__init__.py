@@ -1,0 +1,1 @@
+"""Methods of tensor parallelism."""
