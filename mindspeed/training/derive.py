@@ -55,6 +55,8 @@ def _sizes(args: argparse.Namespace, changes: Changes) -> None:
         args.add_qkv_bias = True
     else:
         changes.change("bias_gelu_fusion", False, "--disable-bias-linear leaves no bias to fuse")
+    if args.squared_relu:
+        changes.change("bias_gelu_fusion", False, "--squared-relu is another activation")
     if args.position_embedding_type != "rope" or args.rotary_interleaved:
         args.apply_rope_fusion = False
     if args.apply_query_key_layer_scaling:

@@ -22,7 +22,7 @@ LINE = re.compile(
     r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration +(?P<iteration>\d+)/ *(?P<of>\d+) \| consumed samples: +(?P<samples>\d+) \|"
     r"(?: skipped samples: +\d+ \|)? elapsed time per iteration \(ms\): (?P<ms>\d+\.\d) \|"
     r"(?: throughput per GPU \(TFLOP/s/GPU\): (?P<tflops>\d+\.\d) \|)? learning rate: (?P<lr>\d\.\d{6}E[+-]\d\d) \|"
-    r" global batch size: +(?P<batch>\d+) \|(?: lm loss: (?P<loss>\d\.\d{6}E[+-]\d\d) \|)?(?P<more>(?: [a-z_ ]+: [^|]+ \|)*?)"
+    r"(?: decoupled learning rate: \d\.\d{6}E[+-]\d\d \|)? global batch size: +(?P<batch>\d+) \|(?: lm loss: (?P<loss>\d\.\d{6}E[+-]\d\d) \|)?(?P<more>(?: [a-z_0-9 ]+: [^|]+ \|)*?)"
     r" loss scale: (?P<scale>\d+\.\d) \|(?: grad norm: (?P<norm>\d+\.\d{3}) \|)?(?: num zeros: (?P<zeros>[\d.]+) \|)?"
     r"(?: params norm: (?P<params>\d+\.\d{3}) \|)? number of skipped iterations: +(?P<skipped>\d+) \|"
     r" number of nan iterations: +(?P<nan>\d+) \|$"
