@@ -101,17 +101,21 @@ class BatchLayouts:
             self._pending.iterator = before
 
     @contextmanager
-    def around_model(self, length: int | None = None) -> Iterator[None]:
+    def around_model(self, length: int | None = None, *, reads: bool = True) -> Iterator[None]:
         """Open the scope of the micro batch at hand.
 
         Args:
-            length: S, for a stage that does not read batches: it draws the next sample to learn its documents.
+            length: S as the model sees it, for a model whose batch was not cut here.
+            reads: whether the program reads batches for this stage; else the next sample is drawn to learn its documents.
         """
         layout, self._pending.layout = self._pending.layout, None
-        if layout is None and self.eod is not None and length is not None and self._pending.iterator is not None:
-            first = self.tensor_group is None or dist.get_rank(self.tensor_group()) == 0
-            self.note_documents(next(self._pending.iterator) if first else None)
-            layout = self._take_layout(length)
+        if layout is None and length is not None:
+            if self.eod is not None and not reads and self._pending.iterator is not None:
+                first = self.tensor_group is None or dist.get_rank(self.tensor_group()) == 0
+                self.note_documents(next(self._pending.iterator) if first else None)
+                layout = self._take_layout(length)
+            elif self.maker.has_mask():
+                layout = self.maker.layout(length)  # recomputation must see this mask, whatever is set by then
         with layout_scope(layout):
             yield
 

@@ -169,7 +169,7 @@ def _host_rules(flags: ContextParallelFlags, run: RunShape) -> Iterator[Problem]
             "--mtp-num-layers", run.mtp_num_layers, "does not work with context parallelism in this host", "remove it"
         )
     if run.get("window_size"):
-        yield Problem("--window-size", run.window_size, "is not supported by our attention", "use --pre-tockens")
+        yield Problem("window_size", run.window_size, "is not supported by our attention", "use --pre-tockens")
     if run.get("deterministic_mode") and run.platform not in ("cpu",):
         rule = f"is not proved for context parallelism on {run.platform}"
         yield Problem("--deterministic-mode", None, rule, "remove it or use the cpu platform")

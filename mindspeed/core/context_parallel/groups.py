@@ -81,6 +81,11 @@ class ContextGroups:
                     if dist.get_rank() in members:
                         self.extra[name], self.members[name] = group, members
 
+    @property
+    def rank(self) -> int:
+        """Place in the context-parallel group; 0 without one."""
+        return 0 if self.cp is None else dist.get_rank(self.cp)
+
     def drop(self) -> None:
         """Forget (and destroy, while torch.distributed is up) the groups made here."""
         for group in self.extra.values():

@@ -51,6 +51,13 @@ class SequenceLayout:
     order: Tensor | None = field(default=None, compare=False)
     tile_masks: Mapping[tuple[int, int], Tensor | None] | None = field(default=None, compare=False)
     custom_mask: Tensor | None = field(default=None, compare=False)
+    _parts: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def remembered(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returned for this key the first time: parts of the mask serve every layer of a micro batch."""
+        if key not in self._parts:
+            self._parts[key] = make()
+        return self._parts[key]
 
     @property
     def ranks(self) -> int:

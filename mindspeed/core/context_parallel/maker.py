@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
 
 from mindspeed.core.context_parallel.layout import Boundaries, SequenceLayout
-from mindspeed.core.context_parallel.plan import ContextPlan
+from mindspeed.core.context_parallel.plan import GATHER, ContextPlan
 from mindspeed.core.transformer.flash_attention.generate_mask.generate_mask import STORE
 
 
@@ -63,16 +64,40 @@ class LayoutMaker:
             past=past,
             future=future,
         )
+        if STORE.tiles is not None:
+            layout = replace(layout, tile_masks=self._tiles(length, STORE.tiles))
         return layout if self.adaptive is None else self.adaptive.remapped(layout)
 
     def has_mask(self) -> bool:
         """Whether the user set a mask."""
-        return STORE.custom is not None
+        return STORE.is_set
+
+    def _tiles(self, length: int, tiles: tuple[Tensor | None, ...]) -> Mapping[tuple[int, int], Tensor | None]:
+        """The user's tiles by (row, column); a rank asks for its own row only.
+
+        Raises:
+            ValueError: tiles do not fit the plan of the run.
+        """
+        plan = self.plan
+        if plan.algorithm == GATHER or self.adaptive is not None or (plan.size > 1 and plan.mask_type != "general"):
+            raise ValueError(
+                f"set_attention_mask: a list of tiles needs --attention-mask-type general and a ring, Ulysses or hybrid; "
+                f"given are {plan.mask_type} and {plan.algorithm}; set the whole mask instead"
+            )
+        size = length // plan.ring
+        if len(tiles) != plan.ring or any(tile is not None and tile.shape[0] != size for tile in tiles):
+            given = [None if tile is None else tuple(tile.shape) for tile in tiles]
+            raise ValueError(f"set_attention_mask: expected {plan.ring} tiles of [{size}, {size}], got {given}")
+        moved = [self._placed(tile) for tile in tiles]
+        return {(row, column): tile for row in range(plan.ring) for column, tile in enumerate(moved)}
 
     def _mask(self) -> Tensor | None:
         """The mask in force, where kernels want it."""
-        if STORE.custom is None or self.mask_on_cpu:
-            return STORE.custom
+        return self._placed(STORE.custom)
+
+    def _placed(self, mask: Tensor | None) -> Tensor | None:
+        if mask is None or self.mask_on_cpu:
+            return mask
         from mindspeed.platform import current
 
-        return STORE.custom.to(current().device())
+        return mask.to(current().device(), non_blocking=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mindspeed.core.attention import FULL, Accumulator, Dropout, Scoring, attend, attend_backward
-from mindspeed.core.attention.contract import Bias
+from mindspeed.core.attention.bias import AlibiBias, MaskBias, SumOfBiases
+from mindspeed.core.attention.contract import Bias, Visibility
 from mindspeed.core.context_parallel.layout import SequenceLayout, positions_of, tiles_between
 from mindspeed.core.context_parallel.placement import Segments
 
@@ -24,12 +25,18 @@ class AttentionOptions:
             depend on which rank computes it.
         slopes: ALiBi slopes [N] fp32 of this rank's heads, or None.
         distance: what the slopes multiply: "absolute", "root" (of the absolute one) or "signed".
+        memory_order: what kernels that read several arrangements are handed, see `Scoring`.
     """
 
     scale: float
     dropout: Dropout | None = None
     slopes: Tensor | None = None
     distance: str = "absolute"
+    memory_order: str = "SBH"
+
+    def scoring(self, visible: Visibility = FULL, bias: Bias | None = None) -> Scoring:
+        """Scoring of one tile."""
+        return Scoring(self.scale, visible, bias, self.dropout, self.memory_order)
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,9 @@ def plan_work(
     layout: SequenceLayout, query_rank: int, key_rank: int, batch: int, options: AttentionOptions
 ) -> tuple[Work, ...]:
     """Kernel calls between the blocks of two ring ranks; empty when nothing is visible."""
+    if layout.tile_masks is not None and layout.custom_mask is None:
+        rows, keys = positions_of(layout.block(query_rank)), positions_of(layout.block(key_rank))
+        return _tile_work(layout.tile_masks[query_rank, key_rank], rows, keys, batch, options)
     return plan_between(
         layout, lambda sample: layout.block(query_rank, sample), lambda sample: layout.block(key_rank, sample), batch, options
     )
@@ -59,8 +69,11 @@ def plan_between(
 ) -> tuple[Work, ...]:
     """Kernel calls between any two blocks."""
     if layout.custom_mask is not None:
-        rows, columns = positions_of(queries(0)), positions_of(keys(0))
-        return tuple(_custom_work(layout.custom_mask, rows, columns, batch, options))
+        rows, columns = queries(0), keys(0)
+        parts = layout.remembered(
+            (rows, columns), lambda: _parts_of_mask(layout.custom_mask, positions_of(rows), positions_of(columns))
+        )
+        return tuple(_custom_work(parts, positions_of(rows), positions_of(columns), batch, options))
     groups = [slice(index, index + 1) for index in range(batch)] if layout.samples_differ else [slice(0, batch)]
     found = []
     for samples in groups:
@@ -70,7 +83,7 @@ def plan_between(
             if options.slopes is not None:
                 places = positions_of(rows)[tile.rows], positions_of(columns)[tile.keys]
                 bias = AlibiBias(options.slopes, *places, options.distance)
-            scoring = Scoring(options.scale, tile.visible, bias, options.dropout)
+            scoring = options.scoring(tile.visible, bias)
             work = Work(samples, tile.rows, tile.keys, scoring)
             found.append(_seeded(work, _at(rows, tile.rows.start), _at(columns, tile.keys.start)))
     return tuple(found)
@@ -91,26 +104,42 @@ def plan_tile(
     """Kernel calls of a tile of remapped tokens; the layout has an order, and a mask or masks of its tiles."""
     assert layout.order is not None and layout.custom_mask is not None
     rows, keys = (layout.order.view(layout.ring, -1)[rank] for rank in (query_rank, key_rank))
-    if layout.tile_masks is None:
-        return tuple(_custom_work(layout.custom_mask, rows, keys, batch, options))
-    hidden = layout.tile_masks[query_rank, key_rank]
-    scoring = Scoring(options.scale, FULL, None if hidden is None else MaskBias(hidden), options.dropout)
-    work = Work(slice(0, batch), slice(0, len(rows)), slice(0, len(keys)), scoring)
-    return (_seeded(work, int(rows[0]), int(keys[0])),)
+    if layout.tile_masks is not None:
+        return _tile_work(layout.tile_masks[query_rank, key_rank], rows, keys, batch, options)
+    parts = layout.remembered((query_rank, key_rank), lambda: _parts_of_mask(layout.custom_mask, rows, keys))
+    return tuple(_custom_work(parts, rows, keys, batch, options))
 
 
-def _custom_work(mask: Tensor, rows: Tensor, keys: Tensor, batch: int, options: AttentionOptions) -> Iterator[Work]:
-    """At most one call per mask: none where all is hidden, mask-free where all is visible."""
-    mask = mask.reshape(-1, *mask.shape[-2:])
-    for index, hidden in enumerate(mask):
+def _tile_work(hidden: Tensor | None, rows: Tensor, keys: Tensor, batch: int, options: AttentionOptions) -> tuple[Work, ...]:
+    """The kernel call of a tile whose mask is given, None where all is visible."""
+    return tuple(_custom_work([("whole" if hidden is None else "part", hidden)], rows, keys, batch, options))
+
+
+MaskParts = list[tuple[str, Tensor | None]]  # for each mask: what of it is visible, and the part [rows, keys] if some is
+
+
+def _parts_of_mask(mask: Tensor, rows: Tensor, keys: Tensor) -> MaskParts:
+    """A mask's entries at these positions; looked at once, for all layers."""
+    found: MaskParts = []
+    for hidden in mask.reshape(-1, *mask.shape[-2:]):
         part = hidden.index_select(0, rows.to(mask.device)).index_select(1, keys.to(mask.device))
         if part.all():
+            found.append(("nothing", None))
+        else:
+            found.append(("part", part) if part.any() else ("whole", None))
+    return found
+
+
+def _custom_work(parts: MaskParts, rows: Tensor, keys: Tensor, batch: int, options: AttentionOptions) -> Iterator[Work]:
+    """At most one call per mask: none where all is hidden, mask-free where all is visible."""
+    for index, (visible, part) in enumerate(parts):
+        if visible == "nothing":
             continue
-        samples = slice(0, batch) if mask.shape[0] == 1 else slice(index, index + 1)
-        bias: Bias | None = MaskBias(part) if part.any() else None
+        samples = slice(0, batch) if len(parts) == 1 else slice(index, index + 1)
+        bias: Bias | None = None if part is None else MaskBias(part)
         if options.slopes is not None:
             bias = SumOfBiases((AlibiBias(options.slopes, rows, keys, options.distance), *([] if bias is None else [bias])))
-        work = Work(samples, slice(0, len(rows)), slice(0, len(keys)), Scoring(options.scale, FULL, bias, options.dropout))
+        work = Work(samples, slice(0, len(rows)), slice(0, len(keys)), options.scoring(bias=bias))
         yield _seeded(work, int(rows[0]), int(keys[0]))
 
 
@@ -123,59 +152,6 @@ def _seeded(work: Work, row: int, key: int) -> Work:
     for part in (row, key, work.samples.start):
         seed = ((seed ^ part) * 0x2545F4914F6CDD1D + 0x9E3779B97F4A7C15) & (2**63 - 1)
     return replace(work, scoring=replace(work.scoring, dropout=replace(dropout, seed=seed)))
-
-
-@dataclass(frozen=True)
-class SumOfBiases:
-    """Several biases at once: a mask and ALiBi."""
-
-    parts: tuple[Callable[[range, range], Tensor], ...]
-
-    def __call__(self, rows: range, keys: range) -> Tensor:
-        """Sum of the parts for these rows and keys."""
-        total = self.parts[0](rows, keys)
-        for part in self.parts[1:]:
-            total = total + part(rows, keys).to(total.device)
-        return total
-
-
-@dataclass(frozen=True)
-class MaskBias:
-    """-inf where a boolean mask [rows, keys] hides, made part by part."""
-
-    hidden: Tensor
-
-    def __call__(self, rows: range, keys: range) -> Tensor:
-        """Additive fp32 mask of these rows and keys."""
-        part = self.hidden[rows.start : rows.stop, keys.start : keys.stop]
-        return torch.zeros(part.shape, device=part.device).masked_fill_(part, float("-inf"))
-
-
-DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {
-    "absolute": lambda difference: -difference.abs(),
-    "root": lambda difference: -difference.abs().sqrt(),
-    "signed": lambda difference: difference,
-}
-
-
-@dataclass(frozen=True)
-class AlibiBias:
-    """Slope x distance of global positions, made part by part; arXiv 2108.12409.
-
-    The distance of query i and key j is -|i - j|, -sqrt|i - j| or j - i.
-    """
-
-    slopes: Tensor
-    query_positions: Tensor
-    key_positions: Tensor
-    distance: str = "absolute"
-
-    def __call__(self, rows: range, keys: range) -> Tensor:
-        """Additive fp32 bias [1, N, rows, keys]."""
-        device = self.slopes.device
-        query = self.query_positions[rows.start : rows.stop].to(device, torch.float32)
-        key = self.key_positions[keys.start : keys.stop].to(device, torch.float32)
-        return self.slopes.view(1, -1, 1, 1) * DISTANCES[self.distance](key[None, :] - query[:, None])
 
 
 def forward_block(q: Tensor, k: Tensor, v: Tensor, work: tuple[Work, ...], total: Accumulator) -> list[object]:

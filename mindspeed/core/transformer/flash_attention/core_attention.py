@@ -19,6 +19,7 @@ from mindspeed.core.context_parallel.context_attention import context_attention
 from mindspeed.core.context_parallel.groups import ContextGroups
 from mindspeed.core.context_parallel.layout import SequenceLayout
 from mindspeed.core.context_parallel.maker import LayoutMaker
+from mindspeed.core.context_parallel.packed import packed_layout
 from mindspeed.core.context_parallel.scope import current_layout
 from mindspeed.core.context_parallel.work import AttentionOptions
 
@@ -34,6 +35,7 @@ class CoreAttention:
         slopes_of: number of heads over all tensor-parallel ranks -> ALiBi slopes of this rank, or None without ALiBi.
         distance: what ALiBi slopes multiply, see `AlibiBias`.
         rng_fork: scope in which attention dropout draws, from the host's tracker.
+        mask_required: a layer without a custom mask is an error (`--sparse-mode 1`).
     """
 
     maker: LayoutMaker
@@ -41,6 +43,7 @@ class CoreAttention:
     slopes_of: Callable[[int, torch.device], Tensor] | None = None
     distance: str = "absolute"
     rng_fork: Callable[[], AbstractContextManager[Any]] | None = None
+    mask_required: bool = False
 
     def __call__(
         self,
@@ -74,7 +77,7 @@ class CoreAttention:
             groups=self.groups,
             layout=layout,
             options=self._options(module, query),
-            layer_number=module.layer_number,
+            layer_number=getattr(module, "global_layer_number", module.layer_number),
         )
         out = out.flatten(2)
         return out.squeeze(1) if packed is not None else out
@@ -97,35 +100,36 @@ class CoreAttention:
                 f"--context-parallel-algo {self.maker.plan.algorithm} needs a mask with structure; a layer of type {name} without "
                 "one sees everything: use another algorithm"
             )
-        if layout.custom_mask is not None:
-            _check_mask("set_attention_mask", layout.custom_mask, length, query.shape[1])
+        if layout.custom_mask is not None or layout.tile_masks is not None:
+            if layout.custom_mask is not None:
+                _check_mask("set_attention_mask", layout.custom_mask, length, query.shape[1])
             return layout
-        if attention_mask is not None and name not in CAUSAL_TYPES:
+        if attention_mask is not None:
             _check_mask("attention_mask", attention_mask, length, query.shape[1])
             return replace(layout, custom_mask=attention_mask)
+        if self.mask_required:
+            raise ValueError("--sparse-mode 1 needs a mask: call set_attention_mask before the step, or use --sparse-mode 0")
         past, future = self.maker.band.limits(name in CAUSAL_TYPES)
         return replace(layout, past=past, future=future)
 
     def _packed_layout(self, length: int, packed: Any) -> SequenceLayout:
-        """Documents of a packed batch; padding behind a document counts as a document of its own."""
-        real = packed.cu_seqlens_q.tolist()
-        padded_ends = getattr(packed, "cu_seqlens_q_padded", None)
-        padded = real if padded_ends is None else padded_ends.tolist()
-        if padded[-1] != length:
-            raise ValueError(f"packed sequences end at {padded[-1]}, but the batch has {length} tokens")
-        unit = 2 * self.maker.plan.ring
-        for start, stop in zip(padded, padded[1:], strict=False):
-            if self.maker.plan.size > 1 and (stop - start) % unit:
-                raise ValueError(
-                    f"a packed sequence of {stop - start} tokens must be padded to a multiple of {unit} (2 x ring size)"
-                )
-        lengths = [stop - start for start, stop in zip(real, real[1:], strict=False)]
-        inner = {start + size for start, size in zip(padded, lengths, strict=False)}
-        boundaries = tuple(sorted({0, length, *padded, *inner}))
-        cuts = tuple(sorted(set(padded)))
-        placement = "document_zigzag" if self.maker.plan.ring > 1 else "contiguous"
-        layout = self.maker.layout(length, boundaries=(boundaries,))
-        return replace(layout, placement=placement, cuts=(cuts,))
+        """Layout of a packed batch, checked against what its parameters say.
+
+        Raises:
+            ValueError: another format, lengths that do not fit, or a mask beside the documents.
+        """
+        if packed.qkv_format != "thd":
+            raise ValueError(f"packed_seq_params: expected qkv_format thd, got {packed.qkv_format}")
+        if self.maker.has_mask():
+            raise ValueError("packed_seq_params: a mask is set with set_attention_mask too; use one of the two")
+        for suffix in ("", "_padded"):
+            queries, keys = (getattr(packed, f"cu_seqlens_{side}{suffix}", None) for side in ("q", "kv"))
+            if queries is not None and keys is not None and queries.tolist() != keys.tolist():
+                rule = f"cu_seqlens_q{suffix} and cu_seqlens_kv{suffix} differ; cross attention is not supported"
+                raise ValueError(f"packed_seq_params: {rule}")
+        ends = packed.cu_seqlens_q.tolist()
+        padded = getattr(packed, "cu_seqlens_q_padded", None)
+        return packed_layout(self.maker, length, ends, None if padded is None else padded.tolist())
 
     def _options(self, module: Any, query: Tensor) -> AttentionOptions:
         """Scale, dropout and slopes of this call."""
@@ -157,6 +161,8 @@ def _draw_seed() -> int:
 
 
 def _check_mask(name: str, mask: Tensor, length: int, batch: int) -> None:
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name}: expected a bool tensor (True = hidden), got {mask.dtype}")
     if mask.shape[-2:] != (length, length) or (mask.dim() == 4 and mask.shape[0] not in (1, batch)):
         raise ValueError(
             f"{name}: expected [{length}, {length}] or [1 or {batch}, 1, {length}, {length}] (the whole sequence), "

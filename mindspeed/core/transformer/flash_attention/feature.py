@@ -15,8 +15,11 @@ from mindspeed.core.context_parallel.positions import RotaryRows
 from mindspeed.core.transformer.flash_attention.alibi import distance_of, slopes_of_rank
 from mindspeed.core.transformer.flash_attention.core_attention import CoreAttention
 from mindspeed.core.transformer.flash_attention.wiring import Wiring
+from mindspeed.notices import warn_once
 from mindspeed.patching import Change, Feature, Patch, Problem, RunShape, flag
 
+LAYER_OFFSET = "megatron.core.transformer.transformer_layer:get_transformer_layer_offset"
+ROTATE = "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd"
 UNLIMITED = 65536  # the default of --pre-tockens: no limit, whatever the length
 
 
@@ -65,7 +68,8 @@ class FlashAttention(Feature):
                     f"use --pre-tockens {-future} or more",
                 )
             if run.get("window_size"):
-                yield Problem("--window-size", run.window_size, "limits the same as --pre-tockens", "give one of them")
+                yield Problem("window_size", run.window_size, "limits the same as --pre-tockens", "give one of them")
+        _hints(flags, run)
         if run.get("transformer_impl") == "transformer_engine" and run.platform != "cuda":
             yield Problem("--transformer-impl", "transformer_engine", "has its own attention", "use --transformer-impl local")
 
@@ -86,6 +90,18 @@ class FlashAttention(Feature):
             overlap = bool(getattr(host.args, "use_cp_send_recv_overlap", False))
             host.events.on("groups_created", lambda: wiring.groups.create(plan, host.group("cp"), overlap))
             host.events.on("groups_destroyed", wiring.groups.drop)
+
+
+def _hints(flags: FlashFlags, run: RunShape) -> None:
+    """Flags that mean nothing beside others: said once."""
+    given = [name for name in ("pre_tockens", "next_tockens") if name in run.given]
+    if flags.sparse_mode in (1, 2, 3) and given:
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        warn_once("%s ignored: --sparse-mode %s has no band, modes 0 and 4 have", options, flags.sparse_mode)
+    backend = run.get("attention_backend")
+    backend = getattr(backend, "name", backend)
+    if backend not in (None, "auto", "flash"):
+        warn_once("--attention-backend %s is ignored: it chooses kernels of Transformer Engine, --use-flash-attn ours", backend)
 
 
 def _has_band(flags: FlashFlags, given: frozenset[str]) -> bool:
@@ -115,6 +131,7 @@ def build_wiring(flags: FlashFlags, host: Any) -> Wiring:
         slopes_of=_slopes_of(host) if args.get("position_embedding_type") == "alibi" else None,
         distance=distance_of(args.get("alibi_fusion_attn_type"), bool(args.get("alibi_diagonal_opposite"))),
         rng_fork=lambda: host.load("megatron.core.tensor_parallel.random:get_cuda_rng_tracker")().fork(),
+        mask_required=flags.sparse_mode == 1,
     )
     batches = BatchLayouts(
         maker,
@@ -123,7 +140,14 @@ def build_wiring(flags: FlashFlags, host: Any) -> Wiring:
         restart_positions=bool(args.get("reset_position_ids")) and in_documents,
         tensor_group=lambda: host.group("tp"),
     )
-    return Wiring(attention, batches, RotaryRows(maker, groups, restart=batches.restart_positions), in_documents)
+    return Wiring(
+        attention,
+        batches,
+        RotaryRows(maker, groups, restart=batches.restart_positions),
+        in_documents,
+        layer_offset=lambda config: host.load(LAYER_OFFSET)(config),
+        rotate=lambda *tensors, **options: host.load(ROTATE)(*tensors, **options),
+    )
 
 
 def _band(flags: FlashFlags, given: frozenset[str]) -> Band:

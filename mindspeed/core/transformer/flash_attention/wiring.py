@@ -10,9 +10,12 @@ from typing import Any
 
 from mindspeed.core.context_parallel.batches import BatchLayouts
 from mindspeed.core.context_parallel.groups import ContextGroups
+from mindspeed.core.context_parallel.packed import packed_layout, positions_in_sequences
+from mindspeed.core.context_parallel.plan import RING
 from mindspeed.core.context_parallel.positions import RotaryRows
 from mindspeed.core.context_parallel.scope import current_layout, layout_scope
 from mindspeed.core.transformer.flash_attention.core_attention import CoreAttention
+from mindspeed.notices import log_once
 from mindspeed.patching import Patch, replace, wrap
 
 ATTENTION = "megatron.core.transformer.dot_product_attention:DotProductAttention"
@@ -29,12 +32,16 @@ class Wiring:
         batches: makes layouts; None at context-parallel size 1 without documents or positions to restart.
         rows: cuts rotary tables.
         in_documents: attention stays inside documents.
+        layer_offset: config -> layers of the model before those of the pipeline stage that is being built.
+        rotate: the host's rotation of [s, b, n, d] by a table [s, 1, 1, d].
     """
 
     attention: CoreAttention
     batches: BatchLayouts
     rows: RotaryRows
     in_documents: bool
+    layer_offset: Callable[[Any], int] = lambda config: 0
+    rotate: Callable[..., Any] | None = None
 
     @property
     def groups(self) -> ContextGroups:
@@ -43,7 +50,7 @@ class Wiring:
 
     def attention_patches(self) -> Iterator[Patch]:
         """Core attention itself."""
-        yield wrap(f"{ATTENTION}.__init__", build_attention, reason="accepts context parallelism and head sizes of its own")
+        yield wrap(f"{ATTENTION}.__init__", self._build, reason="accepts context parallelism and head sizes of its own")
         yield wrap(f"{ATTENTION}.forward", self._forward, reason="computes attention with our kernels")
         yield wrap("megatron.core.utils:get_batch_on_this_cp_rank", self._cut_batch, reason="gives each micro batch its layout")
         yield wrap(
@@ -68,6 +75,13 @@ class Wiring:
             self._yarn_rotary,
             reason="rows of this rank's positions",
         )
+        if self.attention.maker.plan.algorithm != RING:  # a ring holds what the host's own formula assumes
+            yield wrap(
+                f"{EMBEDDINGS}.rope_utils:_apply_rotary_pos_emb_thd",
+                self._packed_rotary,
+                reason="positions of packed sequences follow the layout",
+                after=("*",),
+            )
 
     def document_patches(self, pipeline_size: int, stage_reads: Callable[[], bool]) -> Iterator[Patch]:
         """Documents of each micro batch, on every stage."""
@@ -92,7 +106,35 @@ class Wiring:
     ) -> Any:
         if attention_bias is not None:
             raise ValueError("core attention: attention_bias is not supported; use ALiBi or set_attention_mask")
+        if query.shape[0] != key.shape[0] and self.attention.maker.plan.size == 1 and packed_seq_params is None:
+            log_once(
+                "flash attention leaves calls with unequal numbers of queries and keys (inference, cross attention) to the host"
+            )
+            return original(module, query, key, value, attention_mask, attn_mask_type)
         return self.attention(module, query, key, value, attention_mask, attn_mask_type, packed_seq_params)
+
+    def _build(self, original: Original, module: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        build_attention(original, module, config, *args, **kwargs)
+        module.global_layer_number = module.layer_number + self.layer_offset(config)
+
+    def _packed_rotary(
+        self,
+        original: Original,
+        t: Any,
+        cu_seqlens: Any,
+        freqs: Any,
+        rotary_interleaved: bool = False,
+        multi_latent_attention: bool = False,
+        mscale: float = 1.0,
+    ) -> Any:
+        plan = self.attention.maker.plan
+        if plan.size == 1 or self.rotate is None:
+            return original(t, cu_seqlens, freqs, rotary_interleaved, multi_latent_attention, mscale)
+        places = cu_seqlens.tolist()
+        layout = packed_layout(self.attention.maker, t.shape[0] * plan.size, places)
+        positions = positions_in_sequences(layout, self.groups.rank, places).to(freqs.device)
+        options = {"rotary_interleaved": rotary_interleaved, "multi_latent_attention": multi_latent_attention, "mscale": mscale}
+        return self.rotate(t.unsqueeze(1), freqs.index_select(0, positions), **options).squeeze(1)
 
     def _cut_batch(self, original: Original, batch: Any) -> Any:
         return self.batches.cut(batch)
@@ -103,13 +145,16 @@ class Wiring:
         return batch
 
     def _model_forward(self, original: Original, model: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.batches.around_model(self._length_seen_by(model)):
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        with self.batches.around_model(self._length_seen_by(model, ids), reads=model.pre_process):
             return original(model, *args, **kwargs)
 
-    def _length_seen_by(self, model: Any) -> int | None:
-        """S of a stage that gets hidden states [s, b, h] from another one; None on the first."""
+    def _length_seen_by(self, model: Any, input_ids: Any) -> int | None:
+        """S of what a stage gets: tokens [b, s] on the first one, hidden states [s, b, h] on the others."""
+        if model.pre_process:
+            return None if input_ids is None else int(input_ids.shape[1]) * self.attention.maker.plan.size
         received = getattr(getattr(model, "decoder", None), "input_tensor", None)
-        if model.pre_process or received is None:
+        if received is None:
             return None
         shards = model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
         return int(received.shape[0]) * shards * self.attention.maker.plan.size
@@ -140,14 +185,9 @@ def build_attention(
     module: Any,
     config: Any,
     *args: Any,
-    k_channels: int | None = None,
-    v_channels: int | None = None,
     **kwargs: Any,
 ) -> None:
-    """Construct the host's core attention under context parallelism, which it refuses by itself.
-
-    `k_channels` and `v_channels`, given by latent attention, are taken from the tensors when they come.
-    """
+    """Construct the host's core attention under context parallelism, which it refuses by itself."""
     neutral = copy.copy(config)
     neutral.context_parallel_size = 1
     original(module, neutral, *args, **kwargs)

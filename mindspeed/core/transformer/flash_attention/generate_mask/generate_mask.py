@@ -6,6 +6,7 @@ replaces the causal rule of the layers. Without one nothing of size S x S exists
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,21 +20,29 @@ class MaskStore:
 
     def __init__(self) -> None:
         self.custom: Tensor | None = None
+        self.tiles: tuple[Tensor | None, ...] | None = None
         self.generated: Tensor | None = None
 
     def clear(self) -> None:
         """Back to no mask."""
-        self.custom, self.generated = None, None
+        self.custom, self.tiles, self.generated = None, None, None
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the user gave a mask."""
+        return self.custom is not None or self.tiles is not None
 
 
 STORE = MaskStore()
 
 
-def set_attention_mask(mask: Tensor | None) -> None:
+def set_attention_mask(mask: Tensor | Sequence[Tensor | None] | None) -> None:
     """Use a mask for the following micro batches, on every rank the same; None goes back to the layers' own rule.
 
     Args:
-        mask: bool [S, S] or [1 or b, 1, S, S] over the whole sequence, True where hidden.
+        mask: bool [S, S] or [1 or b, 1, S, S] over the whole sequence, True where hidden. Or, with
+            `--attention-mask-type general`, the tiles of this rank's row alone, one for each key block of the ring in
+            order: bool [S / R, S / R], None where all is visible.
 
     Raises:
         TypeError: not a boolean tensor.
@@ -42,19 +51,34 @@ def set_attention_mask(mask: Tensor | None) -> None:
     if mask is None:
         STORE.clear()
         return
+    if isinstance(mask, Sequence):
+        STORE.clear()
+        STORE.tiles = tuple(None if tile is None else _checked_tile(tile) for tile in mask)
+        return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"set_attention_mask: expected a bool tensor (True = hidden), got {given}")
     square = mask.dim() in (2, 4) and mask.shape[-1] == mask.shape[-2] and (mask.dim() == 2 or mask.shape[1] == 1)
     if not square:
         raise ValueError(f"set_attention_mask: expected [S, S] or [1 or b, 1, S, S], got {tuple(mask.shape)}")
-    STORE.custom = mask
+    STORE.custom, STORE.tiles = mask, None
 
 
-def get_attention_mask(causal: bool = True, device: torch.device | str | None = None) -> Tensor | None:
-    """The user's mask, else the library's own causal template when the run is causal, else None."""
-    if STORE.custom is not None:
-        return STORE.custom
+def _checked_tile(tile: Tensor) -> Tensor:
+    if not isinstance(tile, Tensor) or tile.dtype != torch.bool:
+        given = tile.dtype if isinstance(tile, Tensor) else type(tile).__name__
+        raise TypeError(f"set_attention_mask: expected tiles of dtype bool (True = hidden) or None, got {given}")
+    if tile.dim() != 2 or tile.shape[0] != tile.shape[1]:
+        raise ValueError(f"set_attention_mask: expected square tiles [S / R, S / R], got {tuple(tile.shape)}")
+    return tile
+
+
+def get_attention_mask(
+    causal: bool = True, device: torch.device | str | None = None
+) -> Tensor | tuple[Tensor | None, ...] | None:
+    """The user's mask (or tiles), else the library's own causal template when the run is causal, else None."""
+    if STORE.is_set:
+        return STORE.custom if STORE.tiles is None else STORE.tiles
     if not causal:
         return None
     return STORE.generated if STORE.generated is not None else generate_attention_mask(True, device)
