@@ -23,6 +23,7 @@ def fused(p, g, m, v):
     return p, m, v
 
 
+@torch.no_grad()
 def formula(p, g, m, v):
     """The step as a function: the truth of the check."""
     m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
@@ -39,6 +40,7 @@ def separate(p, g, m, v, s):
     return p, m, v, s.lerp_(p, 1e-4)
 
 
+@torch.no_grad()
 def formula_with_average(p, g, m, v, s):
     p, m, v = formula(p, g, m, v)
     return p, m, v, s + 1e-4 * (p - s)
@@ -46,7 +48,7 @@ def formula_with_average(p, g, m, v, s):
 
 def fresh(function):
     """The function on copies, so that a check can call it twice on the same inputs."""
-    return lambda *inputs: function(*(value.clone() for value in inputs))
+    return lambda *inputs: function(*(value.detach().clone() for value in inputs))
 
 
 def timing(function, peers, truth, tensors: int, run: Run) -> Timing:

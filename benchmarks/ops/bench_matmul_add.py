@@ -8,18 +8,21 @@ from mindspeed.ops.npu_matmul_add import npu_matmul_add_fp32
 TOKENS, INNER, OUTER = 4096, 1024, 1024
 
 
+@torch.no_grad()
 def ours(x, dy, grad):
-    grad = grad.clone()
+    grad = grad.detach().clone()
     npu_matmul_add_fp32(x, dy, grad)
     return grad
 
 
+@torch.no_grad()
 def exact(x, dy, grad):
-    return grad.clone().addmm_(dy.to(grad.dtype).t(), x.to(grad.dtype))
+    return grad.detach().clone().addmm_(dy.to(grad.dtype).t(), x.to(grad.dtype))
 
 
+@torch.no_grad()
 def rounded(x, dy, grad):
-    return grad.clone().add_(dy.t() @ x)
+    return grad.detach().clone().add_(dy.t() @ x)
 
 
 @case("ops.matmul_add.fp32", feature="matmul_add", metric="ratio", against="exact addmm_", must=1.0, aim=1.6, preset="smoke")

@@ -231,10 +231,10 @@ def _blocked_forward(x: Tensor, bias: Tensor | None, weights: Tensor | None) -> 
     y = torch.empty((*x.shape[:-1], size), dtype=x.dtype)
     y_rows, bias = y.view(rows, size), None if bias is None else bias.to(wide)
     weights = None if weights is None else weights.reshape(rows, 1).to(wide)
-    buffer = torch.empty(3, block_rows(rows, size * 4), size, dtype=wide)
+    buffer = torch.empty(2, block_rows(rows, size * 4), size, dtype=wide)
     for block in row_blocks(rows, size * 4):
         a, b = _halves(x_rows, block, bias, buffer)
-        out = torch.ops.aten.silu.out(a, out=buffer[2, : a.shape[0]])
+        out = torch.ops.aten.silu.out(a, out=buffer[0, : a.shape[0]])
         if weights is not None:
             out.mul_(weights[block])
         if y.dtype == wide:
@@ -252,21 +252,21 @@ def _blocked_gradients(dy: Tensor, x: Tensor, bias: Tensor | None, weights: Tens
     dx = torch.empty(x.shape, dtype=x.dtype)
     dx_rows, bias = dx.view(rows, 2 * size), None if bias is None else bias.to(wide)
     weights = None if weights is None else weights.reshape(rows, 1).to(wide)
-    step = block_rows(rows, size * 4)
-    buffer = torch.empty(5, step, size, dtype=wide)
+    buffer = torch.empty(3 if weights is None else 4, block_rows(rows, size * 4), size, dtype=wide)
     sums = torch.zeros(2 * size, dtype=wide) if bias is not None else torch.empty(rows, dtype=wide)
     for block in row_blocks(rows, size * 4):
         a, b = _halves(x_rows, block, bias, buffer)
-        n = a.shape[0]
+        work_a, work_b, work_g = buffer[:3, : a.shape[0]]
         g = widen(dy_rows[block], buffer[2])
-        silu = torch.ops.aten.silu.out(a, out=buffer[3, :n])
         if weights is not None:
-            torch.linalg.vecdot(torch.mul(silu, b, out=buffer[4, :n]), g, out=sums[block])
-            g = torch.mul(g, weights[block], out=buffer[2, :n])
-        db = silu.mul_(g)
-        g = torch.mul(g, b, out=buffer[2, :n])
-        da = torch.ops.aten.silu_backward.grad_input(g, a, grad_input=buffer[4, :n])
-        dx_rows[block, :size], dx_rows[block, size:] = da, db
+            gated = torch.ops.aten.silu.out(a, out=buffer[3, : a.shape[0]]).mul_(b)
+            torch.linalg.vecdot(gated, g, out=sums[block])
+            g = torch.mul(g, weights[block], out=work_g)
+        da = torch.mul(g, b, out=work_b)
+        torch.ops.aten.silu_backward.grad_input(da, a, grad_input=da)
+        dx_rows[block, :size] = da
+        db = torch.ops.aten.silu.out(a, out=work_a).mul_(g)
+        dx_rows[block, size:] = db
         if bias is not None:
             sums[:size] += da.sum(0)
             sums[size:] += db.sum(0)
