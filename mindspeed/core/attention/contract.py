@@ -84,13 +84,15 @@ class Scoring:
     """How scores of a tile are made: scale, what is visible, additive bias, dropout.
 
     `bias` is fp32, broadcastable to [B, N, Sq, Sk], or a function of (rows, keys) that makes that part of it, so that
-    long sequences never hold all of it; -inf hides. It gets no gradient.
+    long sequences never hold all of it; -inf hides. It gets no gradient. `memory_order` ("SBH" or "BNSD") is the
+    arrangement in which a kernel that reads several of them gets the tensors; it never changes a result.
     """
 
     scale: float
     visible: Visibility = FULL
     bias: Bias | None = None
     dropout: Dropout | None = None
+    memory_order: str = "SBH"
 
     @property
     def is_plain(self) -> bool:

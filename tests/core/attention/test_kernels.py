@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindspeed.core.attention import CAUSAL, FULL, Accumulator, Dropout, Scoring, Visibility, attend, attend_backward, merge
+from mindspeed.core.attention.bias import AlibiBias, MaskBias, SumOfBiases
 from mindspeed.core.attention.cpu_kernel import CpuKernel
 from mindspeed.core.attention.dispatch import kernels_for
 from mindspeed.core.attention.math_kernel import MathKernel, keep_mask
+from mindspeed.core.attention.npu_kernel import NpuKernel
 
-KERNELS = [CpuKernel(), MathKernel(), MathKernel(max_scores=64)]
+KERNELS = [CpuKernel(), MathKernel(), MathKernel(max_scores=64), NpuKernel()]  # the last one on the operator's CPU body
 BAND = Visibility(past=5, future=2)
 
 
@@ -52,7 +54,7 @@ def assert_near(ours, truth, dtype):
         assert (ours.double() - truth).norm() <= 1e-2 * truth.norm() + 1e-6
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=["cpu", "math", "math-chunked"])
+@pytest.mark.parametrize("kernel", KERNELS, ids=["cpu", "math", "math-chunked", "npu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("groups", [4, 2, 1], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize(
@@ -62,7 +64,7 @@ def test_kernels_agree_with_dense_attention(kernel, dtype, groups, queries, keys
     q, k, v = inputs(queries, keys, groups=groups, dtype=dtype)
     cases = [FULL, BAND, Visibility(past=3, future=0, shift=-2)] + ([CAUSAL] if queries == keys else [])
     grad_out = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    bias = torch.randn(1, 4, queries, keys, generator=torch.Generator().manual_seed(2))
+    bias = torch.randn(1, 4, queries, keys, generator=torch.Generator().manual_seed(2)).to(dtype).float()  # NPU rounds it
     for visible, use_bias in itertools.product(cases, (False, True)):
         scoring = Scoring(0.3, visible, bias if use_bias else None)
         out, lse, state = kernel.forward(q, k, v, scoring)
@@ -91,7 +93,7 @@ def test_values_may_have_another_head_size(kernel, value_dim):
         assert_near(gradient, expected, torch.float32)
 
 
-@pytest.mark.parametrize("kernel", KERNELS[:2], ids=["cpu", "math"])
+@pytest.mark.parametrize("kernel", [*KERNELS[:2], KERNELS[3]], ids=["cpu", "math", "npu"])
 def test_rows_that_see_nothing_are_zero_without_nan(kernel):
     q, k, v = inputs(10, 10)
     bias = torch.zeros(10, 10)
@@ -238,6 +240,71 @@ def test_impossible_shapes_are_refused(shapes, words):
 
 def test_fused_kernel_is_first_on_cpu():
     assert [kernel.name for kernel in kernels_for("cpu")] == ["cpu-flash", "math"]
+
+
+POSITIONS = torch.arange(12) + 40
+SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+HIDDEN = torch.rand(12, 12, generator=torch.Generator().manual_seed(4)) < 0.3
+
+
+def alibi(distance, positions=POSITIONS):
+    return AlibiBias(SLOPES, positions, POSITIONS - 6, distance)
+
+
+@pytest.mark.parametrize("order", ["SBH", "BNSD"])
+@pytest.mark.parametrize(
+    ("bias", "visible", "pse_type", "sparse_mode"),
+    [
+        (None, CAUSAL, 1, 2),
+        (None, FULL, 1, 0),
+        (None, BAND, 1, 4),
+        (MaskBias(HIDDEN), FULL, 1, 1),
+        (alibi("absolute"), CAUSAL, 2, 2),
+        (alibi("root"), BAND, 3, 4),
+        (alibi("signed"), CAUSAL, 0, 2),
+        (alibi("absolute", POSITIONS.flip(0)), FULL, 0, 0),
+        (SumOfBiases((alibi("root"), MaskBias(HIDDEN))), FULL, 3, 1),
+        (SumOfBiases((alibi("signed"), MaskBias(HIDDEN), MaskBias(HIDDEN.T))), CAUSAL, 0, 1),
+    ],
+    ids=["causal", "full", "band", "mask", "alibi", "root", "signed", "shuffled", "alibi-mask", "signed-masks"],
+)
+def test_npu_arguments_mean_the_tile(order, bias, visible, pse_type, sparse_mode):
+    """The operator's CPU body gives the documented arguments their meaning, so numbers prove them."""
+    q, k, v = inputs(12, 12)
+    kernel, scoring = NpuKernel(), Scoring(0.3, visible, bias, memory_order=order)
+    arguments = kernel._arguments(q, k, scoring, None)
+    assert (arguments[13], arguments[12]) == (pse_type, sparse_mode)
+    out, lse, state = kernel.forward(q, k, v, scoring)
+    whole = None if bias is None else bias(range(12), range(12))
+    truth, truth_lse = dense(q, k, v, Scoring(0.3, visible, whole))
+    assert_near(out, truth, torch.float32)
+    torch.testing.assert_close(lse.double(), truth_lse, atol=1e-5, rtol=0)
+    grad_out = torch.randn_like(out)
+    expected = dense_gradients(q, k, v, Scoring(0.3, visible, whole), grad_out)
+    for gradient, true in zip(kernel.backward(grad_out, q, k, v, out, lse, scoring, state), expected, strict=True):
+        assert_near(gradient, true, torch.float32)
+
+
+def test_npu_dropout_is_the_tile_seed_in_forward_and_backward():
+    kernel = NpuKernel()
+    q, k, v = inputs(12, 12)
+    scoring = Scoring(0.3, CAUSAL, dropout=Dropout(0.4, seed=7))
+    out, lse, state = kernel.forward(q, k, v, scoring)
+    assert state == (7, 0, 2 * 4 * 12 * 12)
+    assert torch.equal(out, kernel.forward(q, k, v, scoring)[0])
+    assert not torch.equal(out, kernel.forward(q, k, v, Scoring(0.3, CAUSAL, dropout=Dropout(0.4, seed=8)))[0])
+    # out is linear in v, so the gradient of v under the same mask reproduces sum(out * g) = sum(v * dv).
+    grad_out = torch.randn_like(out)
+    dv = kernel.backward(grad_out, q, k, v, out, lse, scoring, state)[2]
+    torch.testing.assert_close((dv * v).sum(), (out * grad_out).sum())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"dtype": torch.float64}, "float64"), ({"heads": 512, "groups": 1}, "256 heads"), ({"value_dim": 16}, "16 of values")],
+)
+def test_npu_kernel_declines_what_its_documentation_excludes(changes, words):
+    assert words in NpuKernel().declines(*inputs(4, 4, **changes), Scoring(1.0))
 
 
 def test_strided_views_need_no_copy():
