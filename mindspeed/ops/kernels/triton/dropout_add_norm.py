@@ -18,7 +18,7 @@ def _keep(seed, offset, row, cols, p):
     zero = (cols * 0).to(tl.uint32)
     offset = tl.cast(offset, tl.int64)  # small integers arrive as int32, and 1 as a constant
     low, high = zero + offset.to(tl.uint32), zero + (offset >> 32).to(tl.uint32)
-    bits, _, _, _ = tl.philox(tl.cast(seed, tl.int64), cols.to(tl.uint32), zero + row.to(tl.uint32), low, high)
+    bits, _, _, _ = tl.philox(tl.cast(seed, tl.int64), cols.to(tl.uint32), zero + tl.cast(row, tl.uint32), low, high)
     return tl.uint_to_uniform_float(bits) >= p
 
 
@@ -72,15 +72,13 @@ def _backward(
     dweight = tl.zeros([BLOCK], dtype=tl.float32)
     dbias = tl.zeros([BLOCK], dtype=tl.float32)
     dlayerscale = tl.zeros([BLOCK], dtype=tl.float32)
-    for step in range(0, rows_per_program):
-        row = program * rows_per_program + step
-        exists = row < rows
-        live = cols < tl.where(exists, size, 0)
-        dy = tl.load(dy_ptr + row * dy_stride + cols, mask=live, other=0.0).to(tl.float32)
-        x_hat = tl.load(pre_ptr + row * size + cols, mask=live, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row, mask=exists, other=0.0)
+    first = program * rows_per_program
+    for row in range(first, tl.minimum(first + rows_per_program, rows)):
+        dy = tl.load(dy_ptr + row * dy_stride + cols, mask=inside, other=0.0).to(tl.float32)
+        x_hat = tl.load(pre_ptr + row * size + cols, mask=inside, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row)
         if not RMS:
-            x_hat = tl.where(live, x_hat - tl.load(mean_ptr + row, mask=exists, other=0.0), 0.0)
+            x_hat = tl.where(inside, x_hat - tl.load(mean_ptr + row), 0.0)
         x_hat *= rstd
         dweight += dy * x_hat
         dbias += dy
@@ -90,21 +88,21 @@ def _backward(
             du -= tl.sum(g, 0) / size
         du *= rstd
         if DPRE:
-            du += tl.load(dpre_ptr + row * dpre_stride + cols, mask=live, other=0.0).to(tl.float32)
+            du += tl.load(dpre_ptr + row * dpre_stride + cols, mask=inside, other=0.0).to(tl.float32)
         if RESIDUAL:
-            tl.store(dresidual_ptr + row * size + cols, du, mask=live)
+            tl.store(dresidual_ptr + row * size + cols, du, mask=inside)
         kept = du * factor
         if DROPOUT:
             kept = tl.where(_keep(seed, offset, row, cols, p), kept, 0.0)
         row_factor = 1.0
         if ROWSCALE:
-            row_factor = tl.load(rowscale_ptr + row, mask=exists, other=0.0).to(tl.float32)
+            row_factor = tl.load(rowscale_ptr + row).to(tl.float32)
         if SCALES:
-            product = kept * tl.load(x_ptr + row * x_stride + cols, mask=live, other=0.0).to(tl.float32)
-            dlayerscale += tl.where(live, product * row_factor, 0.0)
+            product = kept * tl.load(x_ptr + row * x_stride + cols, mask=inside, other=0.0).to(tl.float32)
+            dlayerscale += tl.where(inside, product * row_factor, 0.0)
             if ROWSCALE:
-                tl.store(drowscale_ptr + row, tl.sum(tl.where(live, product * column_factor, 0.0), 0), mask=exists)
-        tl.store(dx_ptr + row * size + cols, kept * row_factor * column_factor, mask=live)
+                tl.store(drowscale_ptr + row, tl.sum(tl.where(inside, product * column_factor, 0.0), 0))
+        tl.store(dx_ptr + row * size + cols, kept * row_factor * column_factor, mask=inside)
     partial = partial_ptr + program * size + cols
     tl.store(partial, dweight, mask=inside)
     tl.store(partial + partial_stride, dbias, mask=inside)

@@ -35,16 +35,15 @@ def _backward(
     inside = cols < size
     weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     dweight = tl.zeros([BLOCK], dtype=tl.float32)
-    for step in range(0, rows_per_program):
-        row = program * rows_per_program + step
-        live = cols < tl.where(row < rows, size, 0)  # not `inside & (row < rows)`: the interpreter miscasts a scalar mask
-        x = tl.load(x_ptr + row * x_stride + cols, mask=live, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + row * dy_stride + cols, mask=live, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+    first = program * rows_per_program
+    for row in range(first, tl.minimum(first + rows_per_program, rows)):
+        x = tl.load(x_ptr + row * x_stride + cols, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row * dy_stride + cols, mask=inside, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row)
         x_hat = x * rstd
         g = dy * weight
         dx = rstd * (g - x_hat * (tl.sum(g * x_hat, 0) / size))
-        tl.store(dx_ptr + row * size + cols, dx, mask=live)
+        tl.store(dx_ptr + row * size + cols, dx, mask=inside)
         dweight += dy * x_hat
     tl.store(partial_ptr + program * size + cols, dweight, mask=inside)
 

@@ -68,16 +68,15 @@ def _bias_backward(
     inside = cols < size
     sum_a = tl.zeros([BLOCK], dtype=tl.float32)
     sum_b = tl.zeros([BLOCK], dtype=tl.float32)
-    for step in range(0, rows_per_program):
-        row = program * rows_per_program + step
-        live = cols < tl.where(row < rows, size, 0)  # not `inside & (row < rows)`: the interpreter miscasts a scalar mask
-        a, b = _halves(x_ptr, bias_ptr, row * x_stride, cols, live, size, True)
-        dy = tl.load(dy_ptr + row * dy_stride + cols, mask=live, other=0.0).to(tl.float32)
+    first = program * rows_per_program
+    for row in range(first, tl.minimum(first + rows_per_program, rows)):
+        a, b = _halves(x_ptr, bias_ptr, row * x_stride, cols, inside, size, True)
+        dy = tl.load(dy_ptr + row * dy_stride + cols, mask=inside, other=0.0).to(tl.float32)
         sigmoid = tl.sigmoid(a)
         da = dy * b * sigmoid * (1 + a * (1 - sigmoid))
         db = dy * a * sigmoid
-        tl.store(dx_ptr + row * 2 * size + cols, da, mask=live)
-        tl.store(dx_ptr + row * 2 * size + size + cols, db, mask=live)
+        tl.store(dx_ptr + row * 2 * size + cols, da, mask=inside)
+        tl.store(dx_ptr + row * 2 * size + size + cols, db, mask=inside)
         sum_a += da
         sum_b += db
     tl.store(partial_ptr + program * 2 * size + cols, sum_a, mask=inside)
