@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+EXACT = 1024
+"""Inner size up to which a float32 product of int8 matrices is exact."""
+
 
 def float_scale(scale: Tensor) -> Tensor:
     """A scale in float32; int64 and uint64 hold the bit pattern of a float32 in their low half."""
@@ -20,7 +23,18 @@ def integer_product(x: Tensor, weight: Tensor) -> Tensor:
         return x.new_zeros(0, weight.shape[1], dtype=torch.int32)
     if x.device.type == "cpu":
         return torch._int_mm(x.contiguous(), weight)
-    return (x.to(torch.float64) @ weight.to(torch.float64)).to(torch.int32)  # exact below 2^53; no integer matmul elsewhere
+    return integer_product_in_float(x, weight)
+
+
+def integer_product_in_float(x: Tensor, weight: Tensor) -> Tensor:
+    """The same through float32 matrix products, for devices without an integer one."""
+    # float32 is exact for up to EXACT products of 2^14, below 2^24 in sum
+    parts = (x[:, part].to(torch.float32) @ weight[part].to(torch.float32) for part in _parts(x.shape[1]))
+    return sum((part.to(torch.int32) for part in parts), start=x.new_zeros((), dtype=torch.int32))
+
+
+def _parts(size: int) -> list[slice]:
+    return [slice(start, start + EXACT) for start in range(0, size, EXACT)]
 
 
 def to_int8(values: Tensor) -> Tensor:

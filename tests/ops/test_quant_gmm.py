@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mindspeed.ops._quantised import integer_product, integer_product_in_float
 from mindspeed.ops.quant_gmm import npu_quant_gmm, npu_quant_gmm_v2
 from mindspeed.ops.weight_quant_gmm import npu_weight_quant_gmm, npu_weight_quant_gmm_v2
 from mindspeed.testing.operators import check_operator
@@ -65,6 +66,15 @@ def test_int8_output_is_rounded_half_to_even_and_saturates():
         y = npu_quant_gmm(x, weight, bits, group_list=[6], output_dtype=torch.int8)
         assert y.dtype == torch.int8
         assert y.flatten().tolist() == expected
+
+
+def test_integer_product_through_float32_is_exact():
+    x, weight = torch.full((2, 2500), -128, dtype=torch.int8), torch.full((2500, 3), -128, dtype=torch.int8)
+    x[0], weight[:, 1] = integers(2500), integers(2500)
+    expected = x.to(torch.int64) @ weight.to(torch.int64)
+    for product in (integer_product(x, weight), integer_product_in_float(x, weight)):
+        assert product.dtype == torch.int32
+        assert torch.equal(product.to(torch.int64), expected)
 
 
 def test_default_output_is_float16():
