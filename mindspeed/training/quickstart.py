@@ -18,7 +18,7 @@ def flags(folder: Path) -> list[str]:
         --num-layers 4 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 320 --seq-length 256
         --max-position-embeddings 256 --swiglu --normalization RMSNorm --position-embedding-type rope
         --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --micro-batch-size 4 --global-batch-size 8
-        --train-iters 200 --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-iters 20 --weight-decay 0.1
+        --train-iters 200 --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-fraction 0.1 --weight-decay 0.1
         --adam-beta2 0.95 --clip-grad 1.0 --use-distributed-optimizer --tokenizer-type ByteTokenizer --split 98,1,1
         --log-interval 10 --eval-interval 100 --eval-iters 4 --num-workers 0 --save-interval 100 --seed 1234
         --no-create-attention-mask-in-dataloader --override-opt_param-scheduler

@@ -73,6 +73,16 @@ def _durations(args: argparse.Namespace) -> Iterator[Problem]:
         yield Problem("--min-lr", args.min_lr, f"must not exceed --lr {args.lr}", f"use at most {args.lr}")
 
 
+def _warm_up(args: argparse.Namespace) -> Iterator[Problem]:
+    by_sample = args.train_samples is not None
+    flag, value = ("--lr-warmup-samples", args.lr_warmup_samples) if by_sample else ("--lr-warmup-iters", args.lr_warmup_iters)
+    decay = (args.lr_decay_samples or args.train_samples) if by_sample else (args.lr_decay_iters or args.train_iters)
+    if decay and args.lr_warmup_fraction is None and value >= decay:
+        yield Problem(flag, value, f"must be shorter than the whole schedule of {decay}", f"use at most {decay - 1}")
+    if args.lr_warmup_fraction is not None and args.lr_warmup_fraction >= 1:
+        yield Problem("--lr-warmup-fraction", args.lr_warmup_fraction, "must be below 1", "use 0.1 for a tenth")
+
+
 def _weight_decay(args: argparse.Namespace) -> Iterator[Problem]:
     given = (args.start_weight_decay, args.end_weight_decay)
     if args.weight_decay_incr_style == "constant":
@@ -369,6 +379,6 @@ def _positions(args: argparse.Namespace) -> Iterator[Problem]:
 
 Rule = Callable[[argparse.Namespace], Iterator[Problem]]
 _FIRST: tuple[Rule, ...] = (
-    _required, _durations, _weight_decay, _precision, _world, _data_parallel, _recompute, _sources, _tokenizer, _checkpoint, _positions,
+    _required, _durations, _warm_up, _weight_decay, _precision, _world, _data_parallel, _recompute, _sources, _tokenizer, _checkpoint, _positions,
 )  # fmt: skip
 _SECOND: tuple[Rule, ...] = (_model_shape, _sequence, _batches, _pipeline, _experts)

@@ -68,6 +68,7 @@ CASES = [
     ("--lr-warmup-samples 3", 1, "--lr-warmup-samples 3: does not fit a run that is measured in steps"),
     ("--rampup-batch-size 2 2 8", 1, "needs --train-samples"),
     ("--min-lr 1", 1, "--min-lr 1.0: must not exceed --lr 0.0002"),
+    ("--lr-warmup-iters 3", 1, "--lr-warmup-iters 3: must be shorter than the whole schedule of 3. Use at most 2"),
     ("--lr-decay-style WSD", 1, "needs the length of its last phase"),
     ("--weight-decay-incr-style linear", 1, "needs its first and last value"),
     ("--save /tmp/x", 1, "--save /tmp/x: needs --save-interval"),
