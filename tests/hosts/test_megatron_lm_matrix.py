@@ -27,6 +27,7 @@ def test_names_are_known_and_references_exist():
     assert all(case.like in cases for case in cases.values() if case.like)
 
 
+@pytest.mark.slow
 def test_skipped_steps_of_fp16_are_in_the_curve_s_gap(matrix):
     outcome = matrix.outcome("fp16 with overflow steps")
     first = min(outcome.curve)

@@ -164,8 +164,8 @@ def test_import_line_may_stand_anywhere(runs, matrix, checkout, where):
     start = {"load": matrix.seed(), "finetune": True, "no_load_optim": True, "no_load_rng": True}
     argv = tiny_gpt(matrix.corpus, **start, tensor_model_parallel_size=2, sequence_parallel=True)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", str(script), *argv],
-        env={**runs.environment(), "MASTER_PORT": "0"},
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), *argv],
+        env=runs.environment(),
         capture_output=True,
         text=True,
         timeout=300,
