@@ -21,6 +21,7 @@ from megatron.core.utils import check_param_hashes_across_dp_replicas
 
 from mindspeed.errors import MindspeedError
 from mindspeed.training import checkpointing, data, evaluation, leaving, logging
+from mindspeed.training.profiling import StepProfiler
 from mindspeed.training.report import (
     calc_params_l2_norm,
     logical_and_across_model_parallel_group,
@@ -127,6 +128,7 @@ def train(
     hooks = ParamGatherHooks(run)
     hooks.hold()
     totals: dict[str, Any] = {}
+    profiler = StepProfiler(args)
     report_memory, exit_code = True, 0
     current().events.fire("train_begin")
     while run.iteration < args.train_iters:
@@ -135,7 +137,9 @@ def train(
         if run.iteration in args.iterations_to_skip:
             _skip_step(run)
             continue
+        profiler.before(run.iteration)
         outcome = _step(run)
+        profiler.after(run.iteration)
         if outcome[2]:
             leaving.save_now(run, hooks)
         if outcome[3]:
@@ -150,6 +154,7 @@ def train(
         if leaving.save_or_leave(run, hooks):
             current().notes["leaving"] = True
             break
+    profiler.stop()
     current().events.fire("train_end")
     _finish(hooks)
     if exit_code:

@@ -57,6 +57,8 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> torch
         rotary_percent=args.rotary_percent,
         rotary_base=args.rotary_base,
         rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=args.rope_scaling_factor,
+        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
         mtp_block_spec=mtp_spec,
     )
 

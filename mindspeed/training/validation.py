@@ -355,6 +355,12 @@ def _checkpoint(args: argparse.Namespace) -> Iterator[Problem]:
         yield Problem("--rerun-mode", args.rerun_mode, "needs the trainer's own data loaders", "remove it")
 
 
+def _profile(args: argparse.Namespace) -> Iterator[Problem]:
+    if args.profile and args.profile_step_end <= args.profile_step_start:
+        rule = f"must come after --profile-step-start {args.profile_step_start}"
+        yield Problem("--profile-step-end", args.profile_step_end, rule, f"use {args.profile_step_start + 1} or more")
+
+
 def _positions(args: argparse.Namespace) -> Iterator[Problem]:
     kind = args.position_embedding_type
     if kind in ("relative", "mrope"):
@@ -379,6 +385,6 @@ def _positions(args: argparse.Namespace) -> Iterator[Problem]:
 
 Rule = Callable[[argparse.Namespace], Iterator[Problem]]
 _FIRST: tuple[Rule, ...] = (
-    _required, _durations, _warm_up, _weight_decay, _precision, _world, _data_parallel, _recompute, _sources, _tokenizer, _checkpoint, _positions,
+    _required, _durations, _warm_up, _weight_decay, _precision, _world, _data_parallel, _recompute, _sources, _tokenizer, _checkpoint, _positions, _profile,
 )  # fmt: skip
 _SECOND: tuple[Rule, ...] = (_model_shape, _sequence, _batches, _pipeline, _experts)

@@ -98,3 +98,14 @@ def test_status_line(capsys):
     progress.update(3, {}, 100)
     progress.close()
     assert progress._bars.tasks[0].completed == 3 and "tokens/s" in progress._bars.tasks[0].fields["speed"]
+
+
+def test_profile_of_one_step(tmp_path):
+    run = train(
+        f"{TINY} --data-cache-path {tmp_path}/cache --tensorboard-dir {tmp_path} --profile --use-pytorch-profiler "
+        "--profile-step-start 1 --profile-step-end 2"
+    )
+    trace = json.loads((tmp_path / "profile_rank0.json").read_text())
+    names = [event.get("name", "") for event in trace["traceEvents"]]
+    assert names.count("Optimizer.step#Adam.step") + names.count("Optimizer.step#AdamW.step") <= 1
+    assert any("aten::" in name for name in names) and len(run.curve) == 3
