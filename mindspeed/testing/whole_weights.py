@@ -68,9 +68,21 @@ def fill(model: nn.Module) -> None:
     Raises:
         AssertionError: a weight of the model is no view of what its checkpoint description shows.
     """
-    parts = list(parts_of(model))
-    for part in parts:
+    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values  # noqa: TID251
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory  # noqa: TID251
+
+    def filled(item: Any) -> Any:
+        if not isinstance(item, ShardedTensor):
+            return item
+        part = _part(item)
         part.tensor.copy_(_whole(part.name, part.shape)[part.place])
+        return item.data
+
+    for item in nested_values(model.sharded_state_dict()):
+        if isinstance(item, ShardedTensorFactory):  # may describe copies, as grouped experts do, and knows the way back
+            item.data.detach().copy_(item.merge_fn(dict_list_map_outplace(filled, item.build())))
+        else:
+            filled(item)
     for part in parts_of(model):
         wanted = _whole(part.name, part.shape)[part.place].to(part.tensor.dtype)
         assert torch.equal(part.tensor, wanted), f"{part.name}: its sharded_state_dict describes a copy, so it cannot be filled"

@@ -71,6 +71,21 @@ def test_explain_shows_what_is_on_and_why(console):
     assert "refused" not in text and "repair.norms" in text
 
 
+def test_explain_names_the_kernel_of_each_operator_that_features_use(console):
+    argv = ["--", "--num-layers", "8", "--normalization", "RMSNorm", "--use-fused-rmsnorm"]
+    code, text = text_of(explain.run, console, argv, False)
+    assert code == 0
+    served = [line for line in text.split("Kernels that serve them")[1].splitlines() if "│" in line]
+    assert ["fused-rmsnorm", "rms_norm", "cpu", "aten", "first of the bodies for cpu"] in [
+        [cell.strip() for cell in line.strip("│").split("│")] for line in served
+    ]
+    assert "swiglu" not in text
+    argv += ["--disable-fused-ops", "rmsnorm,wgrad"]
+    code, text = text_of(explain.run, console, argv, False)
+    assert code == 2 and "is contradicted by --disable-fused-ops rmsnorm" in " ".join(text.split())
+    assert "matmul_add_" not in text.split("Kernels that serve them")[-1]
+
+
 def test_explain_lists_repairs_with_reasons(console):
     code, text = text_of(explain.run, console, ["--num-layers", "8"], True)
     assert code == 0 and "Always: platform and repairs" in text and "WrappedTorchNorm" in text

@@ -24,7 +24,7 @@ class GradientAccumulationFusion(Feature):
         """The host's flag, unless the host's own extension serves it."""
         if not run.get("gradient_accumulation_fusion") or has_extension():
             return ""
-        return "gradient_accumulation_fusion (the host's default)"
+        return "host's default"
 
     def check(self, flags: NoFlags, run: RunShape) -> Iterator[Problem]:
         """One place of the host imports the extension by name."""
