@@ -112,6 +112,25 @@ def test_dropout_is_drawn_again_in_backward_from_the_seed_of_the_tile(calls):
 
 
 @npu_contract()
+def test_fused_merge_is_one_kernel_in_float32(calls):
+    from mindspeed.core.attention import Accumulator, attend, merge_fused
+
+    q, k, v = heads(N), heads(N), heads(N)
+    tiles = [attend(q, k, v, scoring_of("causal"))[:2] for _ in range(2)]
+    half = attend(q[:, :, 4:], k, v, scoring_of("full"))[:2]
+    total = Accumulator(q, D, merge_fused)
+    total.add(*tiles[0])
+    calls.reset()
+    total.add(*tiles[1])
+    total.add(*half, rows=slice(4, 8))
+    whole, part = calls.named("aclnnRingAttentionUpdateV2")
+    for call, length in ((whole, S), (part, 4)):
+        assert [argument.shape for argument in call.tensors[:6]] == [(length, B, N * D), *[(B, N, length, 8)] * 2] * 2
+        assert {argument.dtype for argument in call.tensors} == {"float32"}
+    assert (total.out.shape, total.out.dtype, total.lse.shape) == ((B, N, S, D), torch.float32, (B, N, S))
+
+
+@npu_contract()
 def test_values_may_be_narrower(calls):
     from mindspeed.core.attention import attend, attend_backward
 
