@@ -2,6 +2,17 @@
 
 from mindspeed.core.attention.contract import CAUSAL, FULL, Dropout, Scoring, Visibility
 from mindspeed.core.attention.dispatch import attend, attend_backward
-from mindspeed.core.attention.merge import Accumulator, merge
+from mindspeed.core.attention.merge import Accumulator, merge, merge_fused
 
-__all__ = ["CAUSAL", "FULL", "Accumulator", "Dropout", "Scoring", "Visibility", "attend", "attend_backward", "merge"]
+__all__ = [
+    "CAUSAL",
+    "FULL",
+    "Accumulator",
+    "Dropout",
+    "Scoring",
+    "Visibility",
+    "attend",
+    "attend_backward",
+    "merge",
+    "merge_fused",
+]

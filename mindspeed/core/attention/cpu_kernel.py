@@ -7,7 +7,6 @@ refused; dropout and a value head size other than the query's are refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mindspeed.core.attention.contract import Scoring
-from mindspeed.core.attention.math_kernel import part_of_bias
+from mindspeed.core.attention.math_kernel import masked_parts
 
 ROWS = 256  # rows per call where a mask tensor has to be built: bounds it to 256 x keys
 
@@ -41,7 +40,7 @@ class CpuKernel:
             return out[..., :value_dim], lse, None
         out = torch.zeros_like(q)
         lse = q.new_full(q.shape[:-1], float("-inf"), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-        for rows, keys, mask in _masked_parts(q, k, scoring):
+        for rows, keys, mask in masked_parts(q, k, scoring, ROWS):
             part, span = slice(rows.start, rows.stop), slice(keys.start, keys.stop)
             out_part, lse_part = _forward(
                 q[:, :, part], k[:, :, span], v[:, :, span], 0.0, False, attn_mask=mask, scale=scoring.scale
@@ -77,7 +76,7 @@ class CpuKernel:
             return dq[..., :key_dim], dk[..., :key_dim], dv[..., :value_dim]
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        for rows, keys, mask in _masked_parts(q, k, scoring):
+        for rows, keys, mask in masked_parts(q, k, scoring, ROWS):
             part, span = slice(rows.start, rows.stop), slice(keys.start, keys.stop)
             dq_part, dk_part, dv_part = _backward(
                 grad_out[:, :, part],
@@ -101,23 +100,3 @@ def _equal_head_sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, 
     """Zero-pad the narrower head size; exact, because padded columns add nothing to scores or output."""
     size = max(q.shape[-1], v.shape[-1])
     return tuple(F.pad(tensor, (0, size - tensor.shape[-1])) if tensor.shape[-1] < size else tensor for tensor in (q, k, v))  # type: ignore[return-value]
-
-
-def _masked_parts(q: Tensor, k: Tensor, scoring: Scoring) -> Iterator[tuple[range, range, Tensor | None]]:
-    """Row chunks, the keys they may see and the additive fp32 mask (None where nothing is hidden or added)."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    for start in range(0, q.shape[2], ROWS):
-        rows = range(start, min(start + ROWS, q.shape[2]))
-        keys = scoring.visible.key_range(rows, k.shape[2])
-        if not keys:
-            continue
-        mask = None if scoring.bias is None else part_of_bias(scoring.bias, rows, keys).to(dtype)
-        hidden = scoring.visible.mask(rows, keys, q.device)
-        if hidden is not None:
-            base = torch.zeros((), dtype=dtype, device=q.device) if mask is None else mask
-            mask = torch.where(hidden, float("-inf"), base)
-        if mask is not None:
-            # The kernel takes [rows, keys] or [1 or B, 1 or N, rows, keys], nothing in between.
-            mask = mask.expand(*mask.shape[:-2], len(rows), len(keys))
-            mask = mask if mask.dim() in (2, 4) else mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
-        yield rows, keys, mask

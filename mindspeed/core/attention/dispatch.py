@@ -22,6 +22,10 @@ def kernels_for(device_type: str) -> tuple[Kernel, ...]:
         from mindspeed.core.attention.cpu_kernel import CpuKernel
 
         return CpuKernel(), MathKernel()
+    if device_type == "cuda":
+        from mindspeed.core.attention.cuda_kernel import EfficientKernel, FlashKernel
+
+        return FlashKernel(), EfficientKernel(), MathKernel()
     if device_type == "npu":
         from mindspeed.core.attention.npu_kernel import NpuKernel
 

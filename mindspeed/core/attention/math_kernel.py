@@ -112,6 +112,29 @@ def part_of_bias(bias: Bias, rows: range, keys: range) -> Tensor:
     return bias[..., row_part, key_part]
 
 
+def masked_parts(q: Tensor, k: Tensor, scoring: Scoring, step: int) -> Iterator[tuple[range, range, Tensor | None]]:
+    """Chunks of `step` rows, the keys they may see and their additive mask, for kernels that take one.
+
+    The mask is fp32 (fp64 for fp64), [rows, keys] or [1 or B, 1 or N, rows, keys]; None where nothing is hidden or added.
+    Chunks that see nothing are left out.
+    """
+    dtype = statistics_dtype(q.dtype)
+    for start in range(0, q.shape[2], step):
+        rows = range(start, min(start + step, q.shape[2]))
+        keys = scoring.visible.key_range(rows, k.shape[2])
+        if not keys:
+            continue
+        mask = None if scoring.bias is None else part_of_bias(scoring.bias, rows, keys).to(q.device, dtype)
+        hidden = scoring.visible.mask(rows, keys, q.device)
+        if hidden is not None:
+            base = torch.zeros((), dtype=dtype, device=q.device) if mask is None else mask
+            mask = torch.where(hidden, float("-inf"), base)
+        if mask is not None:
+            mask = mask.expand(*mask.shape[:-2], len(rows), len(keys))
+            mask = mask if mask.dim() in (2, 4) else mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+        yield rows, keys, mask
+
+
 def keep_mask(shape: torch.Size, first_row: int, dropout: Dropout, device: torch.device) -> Tensor:
     """Dropout multipliers (0 or 1 / (1 - p)) of a chunk; the same for the same seed, first row and shape."""
     generator = torch.Generator(device=device).manual_seed((dropout.seed + 0x9E3779B97F4A7C15 * (first_row + 1)) & (2**63 - 1))

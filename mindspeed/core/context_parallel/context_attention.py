@@ -18,7 +18,7 @@ from mindspeed.core.context_parallel.gathered_attention import (
     heads_first,
     sequence_first,
 )
-from mindspeed.core.context_parallel.groups import ContextGroups
+from mindspeed.core.context_parallel.groups import ContextGroups, check_alike
 from mindspeed.core.context_parallel.layout import SequenceLayout
 from mindspeed.core.context_parallel.placement import Segments
 from mindspeed.core.context_parallel.plan import GATHER, ContextPlan
@@ -68,6 +68,7 @@ def context_attention(
     if plan.size == 1:
         return gathered_attention(q, k, v, GatheredPlan(Stay(), plan_work(layout, 0, 0, q.shape[1], options)))
     assert groups.cp is not None, "context-parallel groups do not exist yet"
+    check_alike(groups.cp, q, k, v)
     if plan.algorithm == GATHER:
         return _with_gathered_sequence(q, k, v, groups, layout, options)
     if layout.rounds is not None:
@@ -103,10 +104,11 @@ def _ring(
         Exchange(ring, groups.get("cp2")),
         dist.get_rank(ring),
         layout,
-        options,
+        replace(options, memory_order=plan.memory_order),
         inner=None if inner is None else _window_exchange(groups),
         window=plan.window,
         cache=policy or "none",
+        fused_update=plan.fused_update,
     )
     out = sequence_first(ring_attention(heads_first(q), heads_first(k), heads_first(v), context))
     return out if ulysses is None else heads_to_sequence(out, ulysses)

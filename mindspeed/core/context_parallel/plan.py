@@ -35,6 +35,8 @@ class ContextPlan:
         cache: None, "full" or "half"; what it saves depends on the algorithm.
         cache_interval: layers between those that use the cache policy.
         allgather_kv: Ulysses gathers keys and values along the sequence instead of exchanging heads.
+        fused_update: rings merge partial results with one kernel of the device.
+        memory_order: arrangement of a ring's tensors in kernels that read several, see `Scoring`.
     """
 
     algorithm: str = RING
@@ -45,6 +47,8 @@ class ContextPlan:
     cache: str | None = None
     cache_interval: int = 0
     allgather_kv: bool = False
+    fused_update: bool = False
+    memory_order: str = "SBH"
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> ContextPlan:
@@ -58,6 +62,8 @@ class ContextPlan:
             cache=values.get("context_parallel_kv_cache_policy"),
             cache_interval=values.get("context_parallel_cache_interval") or 0,
             allgather_kv=bool(values.get("use_ulysses_allgather_kv")),
+            fused_update=bool(values.get("use_fused_ring_attention_update")),
+            memory_order="BNSD" if values.get("megatron_cp_in_bnsd") else "SBH",
         )
 
     @property

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed.core.attention import Accumulator
+from mindspeed.core.attention import Accumulator, merge, merge_fused
 from mindspeed.core.context_parallel.exchange import Exchange, Packed
 from mindspeed.core.context_parallel.layout import SequenceLayout
 from mindspeed.core.context_parallel.work import AttentionOptions, Work, backward_block, forward_block, plan_work
@@ -103,6 +103,7 @@ class RingContext:
         window: ranks per window.
         cache: "none", "full" (keep all received keys and values for backward) or "half" (keep keys only):
             less traffic for more memory.
+        fused_update: merge partial results with one kernel of the device.
     """
 
     exchange: Exchange
@@ -112,6 +113,7 @@ class RingContext:
     inner: Exchange | None = None
     window: int = 1
     cache: str = "none"
+    fused_update: bool = False
 
     def route(self, direction: int) -> RingRoute:
         """Route of a forward (+1) or backward (-1) pass."""
@@ -172,7 +174,7 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, context: RingContext) -> Tensor:
         buffer = Packed.of(k, v)
-        total = Accumulator(q, v.shape[-1])
+        total = Accumulator(q, v.shape[-1], merge_fused if context.fused_update else merge)
         states: dict[int, list[object]] = {}
         kept: dict[int, Tensor] = {}
         last = buffer.flat

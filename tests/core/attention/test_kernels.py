@@ -7,7 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mindspeed.core.attention import CAUSAL, FULL, Accumulator, Dropout, Scoring, Visibility, attend, attend_backward, merge
+from mindspeed.core.attention import (
+    CAUSAL,
+    FULL,
+    Accumulator,
+    Dropout,
+    Scoring,
+    Visibility,
+    attend,
+    attend_backward,
+    merge,
+    merge_fused,
+)
 from mindspeed.core.attention.bias import AlibiBias, MaskBias, SumOfBiases
 from mindspeed.core.attention.cpu_kernel import CpuKernel
 from mindspeed.core.attention.dispatch import kernels_for
@@ -36,7 +47,8 @@ def dense(q, k, v, scoring):
     if hidden is not None:
         scores = scores.masked_fill(hidden, float("-inf"))
     lse = scores.logsumexp(-1)
-    return torch.softmax(scores, -1).nan_to_num(0.0) @ v, lse
+    blind = torch.isinf(lse).unsqueeze(-1)
+    return torch.softmax(scores.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0) @ v, lse
 
 
 def dense_gradients(q, k, v, scoring, grad_out):
@@ -151,7 +163,8 @@ def test_rows_can_be_updated_in_part():
     assert_near(total.out, truth, torch.float32)
 
 
-def test_merging_with_an_empty_side_changes_nothing():
+@pytest.mark.parametrize("merge", [merge, merge_fused], ids=["plain", "fused"])
+def test_merging_with_an_empty_side_changes_nothing(merge):
     out, lse = torch.randn(1, 1, 3, 4), torch.randn(1, 1, 3)
     nothing, never = torch.zeros_like(out), torch.full_like(lse, float("-inf"))
     for first, second in (((out, lse), (nothing, never)), ((nothing, never), (out, lse))):
@@ -159,6 +172,20 @@ def test_merging_with_an_empty_side_changes_nothing():
         assert torch.equal(merged, out) and torch.equal(merged_lse, lse)
     merged, merged_lse = merge(nothing, never, nothing, never)
     assert torch.equal(merged, nothing) and torch.equal(merged_lse, never)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_fused_merge_is_the_merge(dtype):
+    out_a, out_b = (torch.randn(2, 4, 5, 8, dtype=dtype) for _ in range(2))
+    lse_a, lse_b = (
+        10 * torch.randn(2, 4, 5, dtype=torch.float64 if dtype == torch.float64 else torch.float32) for _ in range(2)
+    )
+    lse_a[0, 1], lse_b[:, :, 2] = float("-inf"), float("-inf")
+    out_a[0, 1], out_b[:, :, 2] = 0.0, 0.0  # rows without keys
+    expected, ours = merge(out_a, lse_a, out_b, lse_b), merge_fused(out_a, lse_a, out_b, lse_b)
+    assert ours[0].dtype == expected[0].dtype == lse_a.dtype
+    torch.testing.assert_close(ours[0], expected[0], atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(ours[1], expected[1], atol=2e-6, rtol=2e-6)
 
 
 def test_error_does_not_grow_with_the_number_of_tiles():

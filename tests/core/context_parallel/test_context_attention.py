@@ -96,6 +96,30 @@ def test_every_algorithm_and_mask_equals_dense(world, name):
     assert groups.cp is None and groups.get("cp_ring") is None
 
 
+def test_flags_reach_the_plan():
+    plan = ContextPlan.of({"use_fused_ring_attention_update": True, "megatron_cp_in_bnsd": True})
+    assert (plan.fused_update, plan.memory_order) == (True, "BNSD")
+    plan = ContextPlan.of({})
+    assert (plan.fused_update, plan.memory_order) == (False, "SBH")
+
+
+@ranks(2)
+def test_plan_decides_how_the_ring_merges_and_arranges(world):
+    from mindspeed.core.context_parallel import context_attention as module
+
+    contexts, original = [], module.ring_attention
+    module.ring_attention = lambda q, k, v, context: contexts.append(context) or original(q, k, v, context)
+    plan, groups = ContextPlan(RING, 2, fused_update=True, memory_order="BNSD"), ContextGroups()
+    groups.create(plan, world.group, overlap=False)
+    layout = plan.layout(S)
+    try:
+        assert_parity(attention_of(plan, groups, layout, AttentionOptions(0.3)), layout, world.rank)
+    finally:
+        module.ring_attention = original
+    (context,) = contexts
+    assert context.fused_update and context.options.memory_order == "BNSD"
+
+
 @ranks(4)
 def test_dropout_repeats_with_its_seed_and_has_consistent_gradients(world):
     """For a fixed mask attention is linear in v, so <dv, v> must equal <dout, out>."""

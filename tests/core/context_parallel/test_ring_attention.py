@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mindspeed.core.attention import dispatch
 from mindspeed.core.context_parallel.exchange import Exchange
@@ -22,8 +23,11 @@ LAYOUTS = {
 }
 
 
-def context_for(world, layout, *, options=None, window=1, cache="none"):
-    return RingContext(Exchange(world.group), world.rank, layout, options or AttentionOptions(0.3), window=window, cache=cache)
+def context_for(world, layout, *, options=None, window=1, cache="none", fused_update=False):
+    options = options or AttentionOptions(0.3)
+    return RingContext(
+        Exchange(world.group), world.rank, layout, options, window=window, cache=cache, fused_update=fused_update
+    )
 
 
 def blocks(route):
@@ -78,6 +82,34 @@ def test_four_ranks_equal_dense(world, name, window):
     for groups in (4, 2, 1):
         context = context_for(world, layout, window=window, cache="half" if groups == 2 else "none")
         assert_parity(lambda q, k, v, context=context: ring_attention(q, k, v, context), layout, world.rank, groups=groups)
+
+
+class Updates(TorchDispatchMode):
+    """Dtypes of the results that `ring_attention_update` was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.mindspeed.ring_attention_update.default:
+            self.dtypes.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@ranks(4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_fused_update_equals_dense_and_is_used(world, name, dtype):
+    layout = SequenceLayout(S, ring=4, **LAYOUTS[name])
+    plain, fused = context_for(world, layout), context_for(world, layout, fused_update=True)
+    assert_parity(lambda q, k, v: ring_attention(q, k, v, fused), layout, world.rank, dtype=dtype)
+    inputs = shares(draw(S, dtype=dtype), layout, world.rank)[:3]
+    with Updates() as updates:
+        torch.testing.assert_close(ring_attention(*inputs, fused), ring_attention(*inputs, plain))
+    assert set(updates.dtypes) == {torch.float32}  # merging in the dtype of activations would add an error per step
+    if name == "causal":
+        assert len(updates.dtypes) == 3  # one for each block but the first
 
 
 @ranks(2)
