@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from mindspeed.core.context_parallel.plan import WITH_DEGREE, WITH_RING, ContextPlan
@@ -71,6 +74,7 @@ class ContextGroups:
         """
         self.drop()
         self.cp = cp
+        ACTIVE.groups = self
         mine = tuple(dist.get_process_group_ranks(cp))
         everyone: list[tuple[int, ...]] = [()] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
@@ -92,12 +96,48 @@ class ContextGroups:
             if dist.is_initialized():
                 dist.destroy_process_group(group)
         self.cp, self.extra, self.members = None, {}, {}
+        if ACTIVE.groups is self:
+            ACTIVE.groups = None
 
     def get(self, name: str) -> ProcessGroup | None:
         """A group by name; "cp_ring" is the context-parallel group where the ring is all of it."""
         if name == "cp_ring":
             return self.extra.get("cp_ring", self.cp)
         return self.extra.get(name)
+
+
+class Active:
+    """The groups that the getters of `parallel_state` answer from: those created last and not dropped."""
+
+    groups: ContextGroups | None = None
+
+
+ACTIVE = Active()
+
+
+def check_alike(group: ProcessGroup, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Compare the shapes of the ranks of a group when these are seen for the first time, so that none waits for ever.
+
+    Raises:
+        ValueError: ranks hold different shapes.
+    """
+    _check_once(group, (*q.shape, *k.shape, *v.shape))
+
+
+@functools.lru_cache(maxsize=256)
+def _check_once(group: ProcessGroup, shapes: tuple[int, ...]) -> None:
+    from mindspeed.platform import current
+
+    mine = torch.tensor(shapes, dtype=torch.int64, device=current().device())
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    listed = [tuple(one.tolist()) for one in everyone]
+    if len(set(listed)) > 1:
+        third = len(shapes) // 3
+        told = "; ".join(
+            f"rank {rank}: q {one[:third]}, k {one[third : 2 * third]}, v {one[2 * third :]}" for rank, one in enumerate(listed)
+        )
+        raise ValueError(f"context parallelism: ranks of one group must hold equally shaped q, k and v, got {told}")
 
 
 def _distinct(groups: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:

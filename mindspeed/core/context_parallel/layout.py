@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mindspeed.core.context_parallel.documents import restarted_positions
-from mindspeed.core.context_parallel.placement import Segments, contiguous, document_zigzag, piece, zigzag
+from mindspeed.core.context_parallel.placement import Segment, Segments, contiguous, document_zigzag, piece, zigzag
 from mindspeed.core.context_parallel.tiles import Rule, Tile, plan_tiles
 
 Boundaries = tuple[tuple[int, ...], ...]
@@ -31,6 +31,7 @@ class SequenceLayout:
         boundaries: per sample 0, ends of documents, S; None when documents do not matter.
         restart_positions: positions count from 0 in each document.
         cuts: where per-document placement cuts, when that is not at the ends of documents (padded packs).
+        sizes: tokens of each ring rank, when blocks are contiguous and unequal.
         order: positions [S] in the order of devices, when tokens are remapped; then there are no segments.
         rounds: schedule of tiles that belongs to the order.
         tile_masks: (row, column) -> bool [s, s] of this rank's tiles, True where hidden, None where all is visible; when
@@ -47,6 +48,7 @@ class SequenceLayout:
     boundaries: Boundaries | None = None
     restart_positions: bool = False
     cuts: Boundaries | None = None
+    sizes: tuple[int, ...] | None = None
     rounds: tuple[Any, ...] | None = None
     order: Tensor | None = field(default=None, compare=False)
     tile_masks: Mapping[tuple[int, int], Tensor | None] | None = field(default=None, compare=False)
@@ -66,6 +68,9 @@ class SequenceLayout:
 
     def block(self, ring_rank: int, sample: int = 0) -> Segments:
         """Segments of a ring rank's block (what Ulysses ranks of it see after their exchange)."""
+        if self.sizes is not None:
+            start = sum(self.sizes[:ring_rank])
+            return (Segment(start, start + self.sizes[ring_rank]),)
         return _blocks(self.placement, self.length, self.ring, self._boundaries_of(sample))[ring_rank]
 
     def segments(self, rank: int, sample: int = 0) -> Segments:

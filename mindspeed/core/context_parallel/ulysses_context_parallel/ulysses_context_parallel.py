@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -45,6 +46,31 @@ class DynamicGatherSizeCalculator(GatherSizeCalculator):
         return mask.shape[-1]
 
 
+@contextmanager
+def exchanged_again(pairs: Sequence[tuple[Tensor, Tensor]], exchange: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Save the second tensor of a pair where autograd would save the first; backward makes the first again.
+
+    Args:
+        pairs: (what the block computes with, what it was made from).
+        exchange: makes the first from the second, with the same strides.
+    """
+    sources = {whole.untyped_storage()._cdata: source.detach() for whole, source in pairs}
+
+    def pack(tensor: Tensor) -> Any:
+        source = sources.get(tensor.untyped_storage()._cdata)
+        return tensor if source is None else (source, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        source, shape, stride, offset = packed
+        with torch.no_grad():
+            return exchange(source).as_strided(shape, stride, offset)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
 class UlyssesContextAttention(torch.nn.Module):
     """Wrap an attention so that it works on a sequence split over a process group.
 
@@ -54,6 +80,8 @@ class UlyssesContextAttention(torch.nn.Module):
         scatter_idx: dimension of heads, cut before attention.
         gather_idx: dimension of the sequence, whole inside attention.
         gather_size_calculator: tells the global length when pieces are unequal.
+        cache_policy: None keeps for backward what the local attention keeps; "full" keeps keys and values as they were
+            before the exchange and exchanges them again in backward, "half" keys only. Needs equal pieces.
     """
 
     def __init__(
@@ -63,8 +91,12 @@ class UlyssesContextAttention(torch.nn.Module):
         scatter_idx: int = 2,
         gather_idx: int = 0,
         gather_size_calculator: GatherSizeCalculator | None = None,
+        cache_policy: str | None = None,
     ) -> None:
         super().__init__()
+        if cache_policy not in (None, "full", "half"):
+            raise ValueError(f"ulysses: cache_policy {cache_policy!r} is neither None, 'full' nor 'half'")
+        self.cache_policy = cache_policy
         self.local_attn = local_attention
         self.spg = sequence_process_group
         self.scatter_idx = scatter_idx
@@ -85,12 +117,19 @@ class UlyssesContextAttention(torch.nn.Module):
         """
         world = dist.get_world_size(self.spg)
         total = self.gather_size_calculator.calculate(*args, **kwargs)
+        if total is not None and self.cache_policy is not None:
+            raise ValueError(
+                f"ulysses: cache_policy {self.cache_policy} needs equal pieces, but the gather-size calculator says {total} tokens; "
+                "remove the policy or use DefaultGatherSizeCalculator"
+            )
+        sources = key, value
         key, value = self._repeated(query, key, world), self._repeated(query, value, world)
         heads = query.shape[self.scatter_idx]
         local = query.shape[self.gather_idx]
         length = local * world if total is None else total
         inside = [all_to_all(t, self.spg, self.scatter_idx, self.gather_idx, total) for t in (query, key, value)]
-        out = self.local_attn(*inside, *args, **kwargs)
+        with self._lean(query, sources, inside):
+            out = self.local_attn(*inside, *args, **kwargs)
         if out.shape[self.gather_idx] != length:
             raise ValueError(f"the local attention returned {out.shape[self.gather_idx]} tokens instead of {length}")
         if query.dim() == 4 and out.dim() == 3:  # a local attention that joins heads: [S, b, heads x d]
@@ -98,6 +137,18 @@ class UlyssesContextAttention(torch.nn.Module):
             return all_to_all(apart, self.spg, self.gather_idx, -2, heads).flatten(-2)
         features = heads if out.dim() == 4 else value.shape[self.scatter_idx]
         return all_to_all(out, self.spg, self.gather_idx, self.scatter_idx, features)
+
+    def _lean(self, query: Tensor, sources: tuple[Tensor, Tensor], inside: list[Tensor]) -> AbstractContextManager[Any]:
+        """What the policy keeps in its short form while the local attention saves tensors for backward."""
+        if self.cache_policy is None:
+            return nullcontext()
+        world, heads = dist.get_world_size(self.spg), torch.empty(query.shape, device="meta")
+
+        def exchanged(source: Tensor) -> Tensor:
+            return all_to_all(self._repeated(heads, source, world), self.spg, self.scatter_idx, self.gather_idx, None)
+
+        short = {"full": ((inside[1], sources[0]), (inside[2], sources[1])), "half": ((inside[1], sources[0]),)}
+        return exchanged_again(short[self.cache_policy], exchanged)
 
     def _repeated(self, query: Tensor, tensor: Tensor, world: int) -> Tensor:
         """Key or value heads repeated as little as gives every rank the heads that its queries need."""

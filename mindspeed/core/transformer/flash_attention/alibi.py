@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,6 +72,10 @@ class Alibi(Feature):
         """Without a type there would be no positions at all."""
         if flags.alibi_fusion_attn_type is None:
             yield Change("alibi_fusion_attn_type", 2, "ALiBi needs a type, and 2 is its plain form")
+
+    def host_overrides(self, flags: AlibiFlags, run: RunShape) -> dict[str, Any]:
+        """The host does not know ALiBi; to its rules it is a model without position embeddings."""
+        return {"position_embedding_type": "none"}
 
     def check(self, flags: AlibiFlags, run: RunShape) -> Iterator[Problem]:
         """Types and combinations."""

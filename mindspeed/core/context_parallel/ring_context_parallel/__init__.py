@@ -1,0 +1,1 @@
+"""Ring attention as a function for programs that bring their own groups."""
