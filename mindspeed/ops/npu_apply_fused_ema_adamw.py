@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from mindspeed.ops import _checks
-from mindspeed.ops._blocks import row_blocks
 from mindspeed.ops._registry import define, register_kernel
 
 OP = "npu_apply_fused_ema_adamw"
@@ -113,26 +112,25 @@ def _fused(
     bias_correction: bool,
     weight_decay: float,
 ) -> None:
-    """torch's fused kernel, and the average while the block is still in the cache (on a CPU; elsewhere in one piece)."""
+    """torch's fused kernel, then the average.
+
+    Both on the whole tensor: doing it in blocks, so that `lerp_` finds var in the cache, was 3 to 15 % slower on a CPU.
+    """
     fused = torch._fused_adamw_ if mode == 1 else torch._fused_adam_
     count = step.reshape(()).to(var.device, torch.float32)
-    flat = [value.view(-1) for value in (var, grad, m, v, s)]
-    blocks = row_blocks(var.numel(), 4) if var.device.type == "cpu" else [slice(None)]
-    for block in blocks:
-        p, g, first, second, average = (value[block] for value in flat)
-        fused(
-            [p],
-            [g],
-            [first],
-            [second],
-            [],
-            [count],
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=weight_decay,
-            eps=eps,
-            amsgrad=False,
-            maximize=False,
-        )
-        average.lerp_(p, 1.0 - ema_decay)
+    fused(
+        [var],
+        [grad],
+        [m],
+        [v],
+        [],
+        [count],
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
+    s.lerp_(var, 1.0 - ema_decay)
