@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mindspeed.core.transformer.fused_choice import contradictions
+from mindspeed.core.transformer.fused_choice import configs_say, contradictions
 from mindspeed.errors import TargetError
 from mindspeed.ops import moe_routing_map
 from mindspeed.ops.sort_chunks import sort_chunks
@@ -66,6 +66,11 @@ class MoePermuteFusion(Feature):
             put = _how_to_put(host, name)
             if put is not None:
                 yield put(f"{UTILS}:{name}", function, reason="configs with moe_permute_fusion look for it")
+        yield from configs_say("moe_permute_fusion", _dispatches, host)
+
+
+def _dispatches(config: Any) -> bool:
+    return bool(config.num_moe_experts) and config.moe_token_dispatcher_type in ("alltoall", "flex")
 
 
 def _how_to_put(host: Any, name: str) -> Callable[..., Patch] | None:

@@ -7,10 +7,11 @@ CPU. `--disable-fused-ops` and the host's own `--no-*-fusion` flags win over the
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from mindspeed.ops._registry import REGISTRY
-from mindspeed.patching import Problem, RunShape
+from mindspeed.patching import Patch, Problem, RunShape, wrap
 
 NAMES = ("rmsnorm", "swiglu", "rope", "softmax", "permute", "gmm", "wgrad")
 DISABLE = "--disable-fused-ops"
@@ -57,6 +58,23 @@ def why_fused(name: str, operator: str, run: RunShape, *, asked: str, wanted: bo
         return ""
     kernel = device_kernel(operator, run.platform)
     return f"{run.platform} has a kernel ({kernel})" if kernel else ""
+
+
+def configs_say(field: str, applies: Callable[[Any], bool], host: Any) -> Iterator[Patch]:
+    """In a program that makes its configs itself, set a field to True in every new one to which the operator applies.
+
+    Megatron-LM and the trainer make configs from the arguments, which say it already.
+    """
+    if host.kind != "program":
+        return
+
+    def post_init(original: Callable[..., None], config: Any, *args: Any, **kwargs: Any) -> None:
+        if applies(config):
+            setattr(config, field, True)
+        original(config, *args, **kwargs)
+
+    target = "megatron.core.transformer.transformer_config:TransformerConfig.__post_init__"
+    yield wrap(target, post_init, reason=f"new configs ask for {field}", after=("*",))
 
 
 def contradictions(name: str, option: str, run: RunShape, declined: str = "") -> Iterator[Problem]:

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from mindspeed.core.fusions import fused_bias_swiglu as ours
-from mindspeed.core.transformer.fused_choice import contradictions, why_fused
+from mindspeed.core.transformer.fused_choice import configs_say, contradictions, why_fused
 from mindspeed.ops.swiglu import weighted_swiglu
-from mindspeed.patching import Feature, Patch, Problem, RunShape, flag, replace, wrap
+from mindspeed.patching import Change, Feature, Patch, Problem, RunShape, flag, replace, wrap
 
 OPTION = "--use-fused-swiglu"
 HOST = "megatron.core.fusions.fused_bias_swiglu"
@@ -39,6 +39,11 @@ class FusedSwiglu(Feature):
         wanted = bool(run.get("swiglu")) and run.get("bias_swiglu_fusion", True)
         return why_fused("swiglu", "swiglu", run, asked=OPTION if flags.use_fused_swiglu else "", wanted=wanted)
 
+    def normalise(self, flags: SwigluFlags, run: RunShape) -> Iterator[Change]:
+        """A program's config has a field for it, which is off by default there."""
+        if flags.use_fused_swiglu and run.get("bias_activation_fusion") is False:
+            yield Change("bias_activation_fusion", True, f"{OPTION} replaces the fused form of the host")
+
     def check(self, flags: SwigluFlags, run: RunShape) -> Iterator[Problem]:
         """A request must be one that can be granted."""
         if not flags.use_fused_swiglu:
@@ -59,13 +64,19 @@ class FusedSwiglu(Feature):
             build_experts,
             reason="gives experts the operator that also multiplies by the router's weight",
         )
+        if flags.use_fused_swiglu:
+            yield from configs_say("bias_activation_fusion", _is_swiglu, host)
+
+
+def _is_swiglu(config: Any) -> bool:
+    return bool(config.gated_linear_unit) and config.activation_func is functional.silu
 
 
 def build_experts(original: Callable[..., None], experts: Any, *args: Any, **kwargs: Any) -> None:
     """Exchange the experts' gated SiLU after they were built; other activations stay the host's."""
     original(experts, *args, **kwargs)
     config = experts.config
-    if config.gated_linear_unit and config.activation_func is functional.silu and config.bias_activation_fusion:
+    if _is_swiglu(config) and config.bias_activation_fusion:
         experts.activation_func_with_probs = weighted
 
 

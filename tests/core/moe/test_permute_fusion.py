@@ -112,6 +112,14 @@ def test_calls_of_transformer_engine_are_understood(host):
     assert torch.equal(moved_weights, torch.cat([weights[5:], weights[:5]]))
 
 
+def test_configs_of_a_program_are_made_to_ask_for_it(host):
+    from megatron.core.transformer import TransformerConfig
+
+    shape = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "add_bias_linear": False}
+    experts = {"num_moe_experts": 4, "moe_token_dispatcher_type": "alltoall"}
+    assert TransformerConfig(**shape, **experts).moe_permute_fusion and not TransformerConfig(**shape).moe_permute_fusion
+
+
 @pytest.mark.parametrize("padding", ["", "--moe-expert-capacity-factor 1.5 --moe-pad-expert-input-to-capacity"])
 def test_training_with_two_expert_ranks_equals_the_unfused(padding):
     called = [f"{UTILS}:{name}" for name in ("permute", "unpermute", *(() if padding else ("sort_chunks_by_idxs",)))]

@@ -6,6 +6,7 @@ from mindspeed.core.transformer.disable_fused_ops import DisableFlags, DisableFu
 from mindspeed.core.transformer.fused_choice import NAMES, device_kernel, names_in
 from mindspeed.ops import backends
 from mindspeed.patching import RunShape
+from mindspeed.testing.npu_contract import npu_contract
 
 
 def test_names_are_read_and_unknown_ones_refused():
@@ -29,3 +30,17 @@ def test_kernel_of_a_device_is_named_unless_plain_torch_is_chosen():
     assert device_kernel("rms_norm", "cpu") == "aten"
     with backends("rms_norm=ref"):
         assert device_kernel("rms_norm", "cpu") == ""
+
+
+@npu_contract()
+def test_npu_has_a_kernel_for_each_operator_that_the_device_decides():
+    from mindspeed.core.transformer import (  # noqa: F401 - define the operators
+        fused_choice,
+        fused_rmsnorm,
+        fused_rotary_pos_emb,
+        fused_softmax,
+        fused_swiglu,
+    )
+
+    operators = ("rms_norm", "swiglu", "rotary", "scaled_masked_softmax")
+    assert [fused_choice.device_kernel(name, "npu") for name in operators] == ["npu"] * 4
