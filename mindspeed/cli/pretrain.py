@@ -49,9 +49,8 @@ def run(argv: list[str]) -> int:
     if nproc is not None and "RANK" in os.environ:
         print("mindspeed: --nproc: the processes were started already (RANK is set). Leave it out.", file=sys.stderr)
         return 2
-    if {"-h", "--help"} & set(rest):
-        print(USAGE)
-    elif nproc is not None and nproc > 1:
+    asks_help = bool({"-h", "--help"} & set(rest))
+    if not asks_help and nproc is not None and nproc > 1:
         from mindspeed.training.launch import launch
 
         return launch(nproc, rest)

@@ -55,7 +55,13 @@ def build_parser(extra_args_provider: ArgumentsProvider | None = None) -> argpar
     """Parser with the trainer's flags, the caller's own and those of all features."""
     from mindspeed.patching import activation, discovery
 
-    parser = _Refusing(prog="mindspeed pretrain", allow_abbrev=False, description="Pretrain a GPT on megatron-core.")
+    parser = _Refusing(
+        prog="mindspeed pretrain",
+        usage="mindspeed pretrain [--nproc N] <training flags>",
+        allow_abbrev=False,
+        description="Pretrain a GPT on megatron-core.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     for title, flags in GROUPS.items():
         group = parser.add_argument_group(title)
         for flag in flags:

@@ -265,7 +265,7 @@ def _load_sharded(
     directory = str(found.directory)
     common = dist_checkpointing.load_common_state_dict(directory)
     old = common["args"]
-    check_fits(vars(old), vars(args), format="torch_dist", directory=found.directory)
+    _check_args(old, args, found, "torch_dist")
     fresh, same_layout = bool(args.finetune or found.release), layout_of(old) == layout_of(args)
     with_optimizer = not (fresh or args.no_load_optim or getattr(old, "no_save_optim", False))
     with_rng = not (fresh or args.no_load_rng or getattr(old, "no_save_rng", False)) and same_layout
@@ -302,6 +302,12 @@ def _load_sharded(
     return state
 
 
+def _check_args(saved: argparse.Namespace, args: argparse.Namespace, found: Found, ckpt_format: str) -> None:
+    """Refuse a checkpoint of another model; features say first what their saved numbers mean."""
+    current().events.fire("checkpoint_args", saved=saved)
+    check_fits(vars(saved), vars(args), format=ckpt_format, directory=found.directory)
+
+
 def _load_torch(
     args: argparse.Namespace, found: Found, model: list[torch.nn.Module], optimizer: Any, scheduler: Any, context: Any
 ) -> dict[str, Any]:
@@ -314,7 +320,7 @@ def _load_torch(
                 "Use that layout, or a checkpoint of --ckpt-format torch_dist."
             )
         state = torch.load(path, map_location="cpu", weights_only=False)
-        check_fits(vars(state["args"]), vars(args), format="torch", directory=found.directory)
+        _check_args(state["args"], args, found, "torch")
         return state
 
     states: list[dict[str, Any]] = []
