@@ -124,20 +124,29 @@ class Refuse:
             raise AssertionError("imports " + name)
 sys.meta_path.insert(0, Refuse())
 torch.cuda._lazy_init = torch.cuda.is_available = None
-import mindspeed.ops._registry
-slow = []
-for name in sys.argv[1:]:
+for name in ["mindspeed.ops", *sys.argv[1:]]:
     start = time.process_time()
     importlib.import_module(name)
-    if time.process_time() - start > 0.1:
-        slow.append(name)
-assert not slow, slow
+    print(name, time.process_time() - start)
 """
 
 
-def test_importing_any_operator_needs_torch_only_and_is_quick():
+def import_seconds():
+    """CPU seconds of each import in a fresh interpreter that refuses everything but torch."""
     environment = {key: value for key, value in os.environ.items() if key != "MINDSPEED_OPS"}
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_CHECK, *all_modules()], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+    return {name: float(seconds) for name, seconds in (line.split() for line in done.stdout.splitlines())}
+
+
+def test_importing_any_operator_needs_torch_only_and_is_quick():
+    slow = import_seconds()
+    for _ in range(4):  # noise only adds: what was slow once must be slow in every interpreter
+        slow = {name: seconds for name, seconds in slow.items() if seconds > 0.1}
+        if not slow:
+            return
+        again = import_seconds()
+        slow = {name: min(seconds, again[name]) for name, seconds in slow.items()}
+    assert not {name: seconds for name, seconds in slow.items() if seconds > 0.1}
