@@ -18,6 +18,7 @@ EVENTS: dict[str, str] = {
     "checkpoint_save": "(iteration, state)  state dict about to be written; handlers may add `mindspeed.<feature>` keys",
     "checkpoint_saved": "(iteration, directory)  the checkpoint is complete on disk",
     "checkpoint_load": "(iteration, state)  state dict just read",
+    "checkpoint_args": "(saved)  arguments of a checkpoint, before they are compared with the run's; handlers may translate them",
     "train_begin": "()  just before the first step",
     "train_end": "()  after the last step",
 }

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from mindspeed.checkpoint import Found, Save, SaveLock, Team, find_checkpoint, recover, seal
+from mindspeed.checkpoint import Found, Save, SaveLock, Team, check_fits, find_checkpoint, recover, seal
 from mindspeed.core.checkpoint.verified_checkpoints import team_of
 from mindspeed.errors import CheckpointError
 from mindspeed.patching.patch import Patch, wrap
@@ -50,6 +50,18 @@ class CheckpointGuard:
         yield wrap("megatron.training.async_utils:schedule_async_save", self._schedule, reason=why)
         yield wrap("training:_load_base_checkpoint", self._load, reason=why)
         yield wrap(f"{_CHECKPOINTING}:read_metadata", self._read_tracker, reason=why)
+        yield wrap(
+            "training:check_checkpoint_args",
+            self._compare,
+            reason="a checkpoint of another model is refused with all differences",
+        )
+
+    def _compare(self, original: Callable[..., Any], saved: Any) -> Any:
+        """Features say first what the saved numbers mean."""
+        self._host.events.fire("checkpoint_args", saved=saved)
+        run = vars(self._host.args)
+        check_fits(vars(saved), run, format=run.get("ckpt_format") or "torch_dist")
+        return original(saved)
 
     # --- saving ---
 

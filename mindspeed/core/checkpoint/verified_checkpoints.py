@@ -7,12 +7,12 @@ finished checkpoint and compares the saved arguments with the run's as soon as t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindspeed.checkpoint import MODES, Team, add_manifest, check_fits, restricted_load, restricted_metadata
+from mindspeed.checkpoint import MODES, Team, add_manifest, restricted_load, restricted_metadata
 from mindspeed.checkpoint.structure import checkpoint_format
 from mindspeed.patching.feature import Feature
 from mindspeed.patching.flags import flag
@@ -83,7 +83,7 @@ class VerifiedCheckpoints(Feature):
             yield wrap(_METADATA_READER, restricted_metadata, reason="--ckpt-trusted-load off: .metadata is a pickle as well")
 
     def subscribe(self, flags: CheckpointFlags, host: Host) -> None:
-        """Manifests for finished checkpoints, comparison of shapes for loaded ones."""
+        """Manifests for finished checkpoints; hosts compare shapes when they load."""
         if flags.ckpt_verify == "off":
             return
 
@@ -95,10 +95,4 @@ class VerifiedCheckpoints(Feature):
                 return
             add_manifest(place, iteration, team=team_of(host), format=args.get("ckpt_format") or "torch_dist", world=world)
 
-        def loaded(iteration: int, state: Mapping[str, Any]) -> None:
-            old = state.get("args")
-            if old is not None:
-                check_fits(vars(old), vars(host.args), format=getattr(host.args, "ckpt_format", None) or "torch_dist")
-
         host.events.on("checkpoint_saved", saved)
-        host.events.on("checkpoint_load", loaded)

@@ -153,8 +153,9 @@ class NoopLayers(Feature):
     def subscribe(self, flags: NoopFlags, host: Any) -> None:
         """Make `torch_dist` checkpoints state the number of layers that they contain."""
         empty = parse_positions(flags.noop_layers or "")
-        host.events.on("checkpoint_save", lambda iteration, state: _recount(state, host.args, -len(empty)))
-        host.events.on("checkpoint_load", lambda iteration, state: _recount(state, host.args, len(empty)))
+        if getattr(host.args, "ckpt_format", None) == "torch_dist":
+            host.events.on("checkpoint_save", lambda iteration, state: _count_without_gaps(state, len(empty)))
+            host.events.on("checkpoint_args", lambda saved: _count_with_gaps(saved, len(empty)))
 
 
 def _build_with_gaps(empty: frozenset[int], offset_of: Callable[[Any], int]) -> Callable[..., None]:
@@ -220,10 +221,13 @@ def _mean_over_real(empty: frozenset[int]) -> Callable[..., Any]:
     return track_moe_metrics
 
 
-def _recount(state: dict[str, Any], args: Any, change: int) -> None:
-    """Shift `num_layers` in a checkpoint's saved arguments, in a copy: the run's own stay as they are."""
-    saved = state.get("args")
-    if saved is None or getattr(args, "ckpt_format", None) != "torch_dist":
-        return
-    state["args"] = copy.copy(saved)
-    state["args"].num_layers = saved.num_layers + change
+def _count_without_gaps(state: dict[str, Any], gaps: int) -> None:
+    """Save the number of real layers, in a copy of the arguments: the run's own stay as they are."""
+    if "args" in state:
+        state["args"] = copy.copy(state["args"])
+        state["args"].num_layers -= gaps
+
+
+def _count_with_gaps(saved: Any, gaps: int) -> None:
+    """Read the saved number of layers as that of this run's positions."""
+    saved.num_layers += gaps

@@ -2,7 +2,9 @@
 
 import pytest
 
+from mindspeed.testing import ranks
 from mindspeed.testing.parity import assert_same_training
+from tests.training.runs import TINY, train
 
 CALLED = ["megatron.core.transformer.transformer_block:TransformerBlock._build_layers"]
 MOE = (
@@ -49,3 +51,17 @@ def test_two_stages(name):
 
 def test_four_stages():
     same("--num-layers 4", "--num-layers 8 --noop-layers 0,1,4,7 --pipeline-model-parallel-size 4", world=4)
+
+
+@ranks(2, megatron=True)
+def test_checkpoints_are_those_of_the_model_without_gaps(world):
+    """Saved on two stages with gaps, loaded with other gaps, without, and resumed: the same curve each time."""
+    flags = TINY.replace("--num-layers 4", "--lr-warmup-iters 0").replace("--train-iters 3", "--train-iters 4")
+    pipeline = "--pipeline-model-parallel-size 2 --use-distributed-optimizer"
+    gaps, folder = "--num-layers 6 --noop-layers 0,5", world.shared_dir / "checkpoints"
+    whole = train(f"{flags} {gaps} {pipeline} --save {folder} --save-interval 2").curve
+    # what was saved at step 2 goes on alike, whatever the gaps
+    for layers in (gaps, "--num-layers 8 --noop-layers 1,2,3,4", "--num-layers 4"):
+        resumed = train(f"{flags} {layers} {pipeline} --load {folder} --ckpt-step 2 --no-load-rng").curve
+        if world.rank == world.size - 1:
+            assert resumed == whole[2:]
