@@ -199,6 +199,7 @@ def _megatron_lm_here(world: Any, checkout: str, argv: list[str]) -> _RankRecord
 
     spec = importlib.util.spec_from_file_location("pretrain_gpt", Path(checkout, "pretrain_gpt.py"))
     script = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    sys.modules["pretrain_gpt"] = script  # names that it imports from the host are rebound where modules are listed
     spec.loader.exec_module(script)  # type: ignore[union-attr]
     record = _RankRecord()
     kept: list[torch.nn.Module] = []

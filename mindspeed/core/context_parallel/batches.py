@@ -18,6 +18,7 @@ from mindspeed.core.context_parallel.groups import ContextGroups
 from mindspeed.core.context_parallel.layout import Boundaries, SequenceLayout, slice_batch
 from mindspeed.core.context_parallel.maker import LayoutMaker
 from mindspeed.core.context_parallel.scope import layout_scope
+from mindspeed.notices import warn_once
 
 
 class _Pending(threading.local):
@@ -109,6 +110,12 @@ class BatchLayouts:
             reads: whether the program reads batches for this stage; else the next sample is drawn to learn its documents.
         """
         layout, self._pending.layout = self._pending.layout, None
+        if layout is None and reads and self.maker.plan.size > 1 and not self.maker.plan.holds_zigzag:
+            warn_once(
+                "context parallelism: this batch was not cut by get_batch_on_this_cp_rank; %s expects the tokens of its own layout, "
+                "see mindspeed.core.context_parallel.layout",
+                self.maker.plan.algorithm,
+            )
         if layout is None and length is not None:
             if self.eod is not None and not reads and self._pending.iterator is not None:
                 first = self.tensor_group is None or dist.get_rank(self.tensor_group()) == 0

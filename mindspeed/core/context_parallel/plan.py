@@ -78,6 +78,11 @@ class ContextPlan:
         """Ranks that share a sequence inside attention."""
         return self.size // self.ulysses
 
+    @property
+    def holds_zigzag(self) -> bool:
+        """Whether ranks hold what the host's own slicing gives them, when documents do not matter."""
+        return self.algorithm in (RING, GATHER) and self.mask_type == "causal"
+
     def layout(
         self,
         length: int,

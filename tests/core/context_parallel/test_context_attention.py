@@ -1,14 +1,20 @@
 """Every algorithm through the one call, with the groups it makes itself, against dense attention."""
 
+import logging
+
 import pytest
 import torch
 
 from mindspeed.core.attention import Dropout
+from mindspeed.core.context_parallel.batches import BatchLayouts
 from mindspeed.core.context_parallel.context_attention import context_attention
 from mindspeed.core.context_parallel.gathered_attention import heads_first, sequence_first
 from mindspeed.core.context_parallel.groups import ContextGroups, group_members
+from mindspeed.core.context_parallel.maker import LayoutMaker
 from mindspeed.core.context_parallel.plan import GATHER, HYBRID, RING, ULYSSES, ContextPlan
+from mindspeed.core.context_parallel.scope import current_layout
 from mindspeed.core.context_parallel.work import AlibiBias, AttentionOptions
+from mindspeed.notices import warn_once
 from mindspeed.testing import ranks
 from tests.core.context_parallel.dense import assert_parity
 
@@ -139,3 +145,17 @@ def test_one_device_needs_no_groups():
     plan = ContextPlan()
     layout = plan.layout(37, boundaries=DOCUMENTS[:0] or ((0, 5, 37), (0, 37)))
     assert_parity(attention_of(plan, ContextGroups(), layout, AttentionOptions(0.3)), layout, 0)
+
+
+def test_a_batch_that_nobody_cut_is_named_where_the_hosts_slices_do_not_fit(caplog):
+    for plan, named in (
+        (ContextPlan(ULYSSES, 2), True),
+        (ContextPlan(RING, 2, mask_type="general"), True),
+        (ContextPlan(RING, 2), False),
+    ):
+        warn_once.cache_clear()
+        caplog.clear()
+        batches = BatchLayouts(LayoutMaker(plan), ContextGroups())
+        with caplog.at_level(logging.WARNING, logger="mindspeed"), batches.around_model(64):
+            assert current_layout() is None
+        assert ("was not cut by get_batch_on_this_cp_rank" in caplog.text) == named

@@ -123,7 +123,10 @@ class UlyssesContextAttention(torch.nn.Module):
                 "remove the policy or use DefaultGatherSizeCalculator"
             )
         sources = key, value
-        key, value = self._repeated(query, key, world), self._repeated(query, value, world)
+        key, value = (
+            self._repeated(query.shape[self.scatter_idx], key, world),
+            self._repeated(query.shape[self.scatter_idx], value, world),
+        )
         heads = query.shape[self.scatter_idx]
         local = query.shape[self.gather_idx]
         length = local * world if total is None else total
@@ -142,7 +145,7 @@ class UlyssesContextAttention(torch.nn.Module):
         """What the policy keeps in its short form while the local attention saves tensors for backward."""
         if self.cache_policy is None:
             return nullcontext()
-        world, heads = dist.get_world_size(self.spg), torch.empty(query.shape, device="meta")
+        world, heads = dist.get_world_size(self.spg), query.shape[self.scatter_idx]
 
         def exchanged(source: Tensor) -> Tensor:
             return all_to_all(self._repeated(heads, source, world), self.spg, self.scatter_idx, self.gather_idx, None)
@@ -150,11 +153,11 @@ class UlyssesContextAttention(torch.nn.Module):
         short = {"full": ((inside[1], sources[0]), (inside[2], sources[1])), "half": ((inside[1], sources[0]),)}
         return exchanged_again(short[self.cache_policy], exchanged)
 
-    def _repeated(self, query: Tensor, tensor: Tensor, world: int) -> Tensor:
+    def _repeated(self, heads: int, tensor: Tensor, world: int) -> Tensor:
         """Key or value heads repeated as little as gives every rank the heads that its queries need."""
-        if tensor.dim() != 4 or tensor.shape[self.scatter_idx] == query.shape[self.scatter_idx]:
+        if tensor.dim() != 4 or tensor.shape[self.scatter_idx] == heads:
             return tensor
-        groups, heads = tensor.shape[self.scatter_idx], query.shape[self.scatter_idx]
+        groups = tensor.shape[self.scatter_idx]
         if heads % groups or heads % world:
             raise ValueError(
                 f"ulysses: {heads} query heads and {groups} key heads cannot be shared out over {world} ranks; with grouped "
