@@ -60,7 +60,7 @@ class CheckpointGuard:
         """Features say first what the saved numbers mean."""
         self._host.events.fire("checkpoint_args", saved=saved)
         run = vars(self._host.args)
-        check_fits(vars(saved), run, format=run.get("ckpt_format") or "torch_dist")
+        check_fits(vars(saved), run, format=getattr(saved, "ckpt_format", None) or run.get("ckpt_format") or "torch_dist")
         return original(saved)
 
     # --- saving ---

@@ -234,6 +234,8 @@ def _drop_megatron_state() -> bool:
         return False
     had_groups = bool(parallel_state.is_initialized())
     parallel_state.destroy_model_parallel()
+    for name in [name for name in vars(parallel_state) if name.endswith("_GLOBAL_RANKS")]:
+        setattr(parallel_state, name, None)  # its own function leaves these behind
     if calculator := sys.modules.get("megatron.core.num_microbatches_calculator"):
         calculator.destroy_num_microbatches_calculator()
     if rerun := sys.modules.get("megatron.core.rerun_state_machine"):

@@ -155,7 +155,7 @@ class NoopLayers(Feature):
         empty = parse_positions(flags.noop_layers or "")
         if getattr(host.args, "ckpt_format", None) == "torch_dist":
             host.events.on("checkpoint_save", lambda iteration, state: _count_without_gaps(state, len(empty)))
-            host.events.on("checkpoint_args", lambda saved: _count_with_gaps(saved, len(empty)))
+        host.events.on("checkpoint_args", lambda saved: _count_with_gaps(saved, len(empty)))
 
 
 def _build_with_gaps(empty: frozenset[int], offset_of: Callable[[Any], int]) -> Callable[..., None]:
@@ -229,5 +229,6 @@ def _count_without_gaps(state: dict[str, Any], gaps: int) -> None:
 
 
 def _count_with_gaps(saved: Any, gaps: int) -> None:
-    """Read the saved number of layers as that of this run's positions."""
-    saved.num_layers += gaps
+    """Read the saved number of layers as that of this run's positions; files per rank hold positions already."""
+    if getattr(saved, "ckpt_format", "torch_dist") == "torch_dist":
+        saved.num_layers += gaps
