@@ -139,6 +139,7 @@ class Paired:
         statistic: "median" of the rounds, "min" for costs that only noise can raise, or "last" if every round returns the
             best estimate so far.
         versions: of peers, by name.
+        status: why a peer has no figures, by name: "not installed", for example.
     """
 
     round: Callable[[], Mapping[str, float]]
@@ -146,6 +147,7 @@ class Paired:
     statistic: Literal["median", "min", "last"] = "median"
     workload: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    status: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

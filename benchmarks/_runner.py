@@ -99,7 +99,7 @@ def _counted(work: Counted, run: Run) -> Figures:
 
 def _paired(work: Paired, run: Run) -> Figures:
     figures = Figures(check=_require(work.check, work.workload), workload=work.workload, statistic=work.statistic)
-    figures.versions = dict(work.versions)
+    figures.versions, figures.status = dict(work.versions), dict(work.status)
     work.round()  # warm-up
     for _ in range(run.rounds):
         costs = dict(work.round())

@@ -1,0 +1,1 @@
+"""Context parallelism: counted figures, and costs over ranks."""
