@@ -34,9 +34,12 @@ def gmm(
     """`a_g @ b_g` for consecutive groups of rows; a: [M, K], b: [G, K, N] or with `trans_b` [G, N, K], batch_sizes: [G].
 
     With `accumulate` the gradient of b goes to the `main_grad` of the parameter that b is a view of.
+
+    Raises:
+        ValueError: there is no `main_grad` to add to; the host's data-parallel wrapper makes it.
     """
     weight = b if b._base is None else b._base
-    accumulate = accumulate and torch.is_grad_enabled() and getattr(weight, "main_grad", None) is not None
+    accumulate = accumulate and torch.is_grad_enabled() and weight.requires_grad
     return grouped_matmul.Ops.gmm(a, b, batch_sizes, trans_b, accumulate, weight if accumulate else None)
 
 

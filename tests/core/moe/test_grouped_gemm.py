@@ -53,6 +53,12 @@ def test_gradient_goes_to_main_grad_of_the_parameter_behind_the_view(transposed)
     gmm(x, parameter.view(shape), sizes, transposed).square().sum().backward()
     torch.testing.assert_close(parameter.grad, expected)
     if not transposed:
+        with pytest.raises(ValueError, match="original_weight must have a main_grad"):
+            gmm(x, parameter.view(shape), sizes, accumulate=True)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                gmm(x, parameter.view(shape), sizes, accumulate=True), plain_gmm(x, parameter.view(shape), sizes)
+            )
         parameter.grad, parameter.main_grad, parameter.grad_added_to_main_grad = None, torch.ones(5, 18), False
         gmm(x, parameter.view(shape), sizes, accumulate=True).square().sum().backward()
         torch.testing.assert_close(parameter.main_grad, expected + 1)
