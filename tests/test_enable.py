@@ -278,7 +278,7 @@ def test_events_are_fired_by_megatron_core(probe, tmp_path):
 def test_events_without_listeners_cost_no_patch():
     handle = mindspeed.enable(noop_layers="0", num_layers=4)
     fired = {row.reason for row in handle.ledger if row.owner == "host.program"}
-    assert fired == {"fires checkpoint_save, checkpoint_saved", "fires checkpoint_load"}  # which no-op layers wait for
+    assert fired == {"fires checkpoint_save, checkpoint_saved"}  # which no-op layers and manifests wait for
 
 
 # --- repatch and revert -----------------------------------------------------------------------------------

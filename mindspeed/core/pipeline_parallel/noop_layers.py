@@ -153,7 +153,7 @@ class NoopLayers(Feature):
     def subscribe(self, flags: NoopFlags, host: Any) -> None:
         """Make `torch_dist` checkpoints state the number of layers that they contain."""
         empty = parse_positions(flags.noop_layers or "")
-        if getattr(host.args, "ckpt_format", None) == "torch_dist":
+        if getattr(host.args, "ckpt_format", "torch_dist") == "torch_dist":
             host.events.on("checkpoint_save", lambda iteration, state: _count_without_gaps(state, len(empty)))
         host.events.on("checkpoint_args", lambda saved: _count_with_gaps(saved, len(empty)))
 
