@@ -28,7 +28,9 @@ def deepspeed_ulysses(group: ProcessGroup) -> Attention:
     import deepspeed.comm
     from deepspeed.sequence.layer import DistributedAttention
 
-    deepspeed.comm.init_distributed("gloo", auto_mpi_discovery=False, dist_init_required=False, verbose=False)
+    # Its shared-memory extension takes minutes to compile and serves other collectives than this one.
+    with mock.patch("deepspeed.comm.torch.build_shm_op", return_value=None):
+        deepspeed.comm.init_distributed("gloo", auto_mpi_discovery=False, dist_init_required=False, verbose=False)
 
     def local(q: Tensor, k: Tensor, v: Tensor, *args: object, **kwargs: object) -> Tensor:
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (q, k, v))

@@ -23,7 +23,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def _flash_attn_forward(
-    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool, **unused: Any
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool, *unused: Any, **named: Any
 ) -> tuple[Tensor, Tensor, None, None]:
     """Output [B, S, heads, D] and log-sum-exp."""
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
@@ -33,7 +33,7 @@ def _flash_attn_forward(
 
 def _flash_attn_backward(  # noqa: PLR0913 - the library's signature
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-    dropout_p: float, softmax_scale: float, causal: bool, **unused: Any,
+    dropout_p: float, softmax_scale: float, causal: bool, *unused: Any, **named: Any,
 ) -> None:  # fmt: skip
     """Writes the gradients into dq, dk, dv."""
     dout, q, k, v, out = (tensor.transpose(1, 2) for tensor in (dout, q, k, v, out))

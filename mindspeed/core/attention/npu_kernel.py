@@ -126,6 +126,8 @@ class NpuKernel:
         shift = visible.shift + keys - queries  # the kernel aligns a band at the lower right corner
         pre = NO_LIMIT if visible.past is None else visible.past + shift
         after = NO_LIMIT if visible.future is None else visible.future - shift
+        if pre < 0 or after < 0:  # beside the diagonal; planned tiles never are
+            return Mask(visible.mask(range(queries), range(keys), q.device), 1)
         return Mask(self._triangle(q.device), 4, pre, after)
 
     def _triangle(self, device: torch.device) -> Tensor:

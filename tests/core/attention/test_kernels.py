@@ -285,6 +285,7 @@ def alibi(distance, positions=POSITIONS):
         (None, CAUSAL, 1, 2),
         (None, FULL, 1, 0),
         (None, BAND, 1, 4),
+        (None, Visibility(past=-2), 1, 1),
         (MaskBias(HIDDEN), FULL, 1, 1),
         (alibi("absolute"), CAUSAL, 2, 2),
         (alibi("root"), BAND, 3, 4),
@@ -293,7 +294,7 @@ def alibi(distance, positions=POSITIONS):
         (SumOfBiases((alibi("root"), MaskBias(HIDDEN))), FULL, 3, 1),
         (SumOfBiases((alibi("signed"), MaskBias(HIDDEN), MaskBias(HIDDEN.T))), CAUSAL, 0, 1),
     ],
-    ids=["causal", "full", "band", "mask", "alibi", "root", "signed", "shuffled", "alibi-mask", "signed-masks"],
+    ids=["causal", "full", "band", "beside", "mask", "alibi", "root", "signed", "shuffled", "alibi-mask", "signed-masks"],
 )
 def test_npu_arguments_mean_the_tile(order, bias, visible, pse_type, sparse_mode):
     """The operator's CPU body gives the documented arguments their meaning, so numbers prove them."""
