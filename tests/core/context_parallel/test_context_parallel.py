@@ -1,6 +1,7 @@
 """Rules of context parallelism, one message each; and training at every size equal to one process."""
 
 import argparse
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from mindspeed.core.transformer.flash_attention.feature import FlashAttention
 from mindspeed.errors import ConfigError
 from mindspeed.patching import activation
 from mindspeed.testing.parity import assert_same_training
+from tests.core.transformer.attention_of_a_run import plan_arguments, run_of
 
 FEATURES = (ContextParallel(), KvCachePolicy(), FlashAttention())
 RUN = dict(
@@ -162,6 +164,42 @@ FOUR = {
 @pytest.mark.parametrize("name", FOUR)
 def test_four_ranks_train_as_one(name):
     assert_same_training(ROPE, f"{ROPE} {FOUR[name]}", world_b=4, features=["flash-attention"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["", "--cp-window-size 2"])
+def test_twenty_steps_of_four_ranks(layout):
+    flags = f"{ROPE} --context-parallel-size 4 {layout}"
+    assert_same_training(ROPE, flags, world_b=4, steps=20, features=["context-parallel"])
+
+
+def test_two_ranks_in_bf16_are_as_close_as_its_rounding():
+    flags = f"{ROPE} --bf16"
+    assert_same_training(
+        f"{flags} --use-flash-attn", f"{flags} --context-parallel-size 2", world_b=2, rtol=5e-3, weight_atol=5e-3
+    )
+
+
+def test_experts_beside_context_parallelism():
+    experts = f"{ROPE} --num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type none --disable-bias-linear"
+    assert_same_training(experts, f"{experts} --context-parallel-size 2", world_b=2, features=["context-parallel"])
+
+
+def test_layers_are_counted_over_the_whole_model():
+    """On a pipeline stage the host numbers attention from 1; the cache interval counts from the first stage."""
+    run = run_of(
+        **plan_arguments("megatron_cp_algo", 2, context_parallel_kv_cache_policy="full", context_parallel_cache_interval=1)
+    )
+    object.__setattr__(run, "layer_offset", lambda config: config.before)
+    module, given = SimpleNamespace(), SimpleNamespace(context_parallel_size=2, before=3)
+
+    def original(module, config, layer_number):
+        assert config.context_parallel_size == 1 and config is not given
+        module.layer_number = layer_number
+
+    run._build(original, module, given, 2)
+    assert (module.layer_number, module.global_layer_number, module.config) == (2, 5, given)
+    assert run.attention.maker.plan.caches(5) and not run.attention.maker.plan.caches(2)
 
 
 def test_dtype_of_statistics_is_wide():

@@ -1,4 +1,4 @@
-"""What went wrong silently elsewhere and must not here; every row of the list in docs/features has its test.
+"""What went wrong silently elsewhere and must not here: each row of the specification's list of defects has its test.
 
 Rows 4 (ALiBi without a type), 6 (one mask state), 8 (latent attention), 9 (dropout), 11 (buffers) and 14 (groups) are in
 tests of their features, which name the row. The others are here.
