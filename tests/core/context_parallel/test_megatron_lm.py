@@ -62,3 +62,13 @@ def test_bf16_is_as_close_as_its_rounding():
     """Merging in fp32 keeps two ranks as near to fp32 as one rank is."""
     flags = f"{ROPE} --bf16"
     assert_same_training(flags, f"{flags} {TWO}", world_b=2, host="megatron-lm", rtol=5e-3, weight_atol=5e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model", ["--position-embedding-type alibi", "--multi-latent-attention --kv-lora-rank 16 --v-head-dim 16"]
+)
+def test_other_models(model):
+    flags = f"{model} --use-flash-attn"
+    split = f"{flags} {TWO} --context-parallel-algo ulysses_cp_algo"
+    assert_same_training(flags, split, world_b=2, host="megatron-lm", features=["context-parallel"])

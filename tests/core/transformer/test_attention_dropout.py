@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from mindspeed.core.attention import Dropout
+from mindspeed.core.context_parallel.adaptive.planner import AdaptivePlanner
 from mindspeed.core.context_parallel.context_attention import context_attention
 from mindspeed.core.context_parallel.gathered_attention import heads_first, sequence_first
 from mindspeed.core.context_parallel.groups import ContextGroups
 from mindspeed.core.context_parallel.layout import SequenceLayout
-from mindspeed.core.context_parallel.plan import GATHER, HYBRID, RING, ULYSSES, ContextPlan
+from mindspeed.core.context_parallel.maker import LayoutMaker
+from mindspeed.core.context_parallel.plan import ADAPTIVE, GATHER, HYBRID, HYBRID_ADAPTIVE, RING, ULYSSES, ContextPlan
 from mindspeed.core.context_parallel.work import AttentionOptions
 from mindspeed.testing import ranks
 from mindspeed.testing.parity import assert_same_training
@@ -24,6 +26,8 @@ PLANS = {
     "ulysses lean": ContextPlan(ULYSSES, 4, cache="full"),
     "hybrid": ContextPlan(HYBRID, 4, degree=2),
     "gather": ContextPlan(GATHER, 4),
+    "adaptive": ContextPlan(ADAPTIVE, 4),
+    "hybrid adaptive": ContextPlan(HYBRID_ADAPTIVE, 4, degree=2),
 }
 
 
@@ -47,7 +51,8 @@ def dense_with(kept, layout):
 
 
 def assert_dropout(plan, groups, rank, gather):
-    layout = plan.layout(S)
+    adaptive = AdaptivePlanner(groups) if plan.algorithm in (ADAPTIVE, HYBRID_ADAPTIVE) else None
+    layout = LayoutMaker(plan, adaptive=adaptive).layout(S)
     options = AttentionOptions(SCALE, Dropout(P, 11))
 
     def attention(q, k, v):

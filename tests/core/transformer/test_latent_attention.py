@@ -1,10 +1,12 @@
 """Multi-latent attention: the host's local spec builds, and every algorithm trains as one process does."""
 
+import contextlib
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.transformer import MLATransformerConfig
 
 from mindspeed.core.context_parallel.layout import SequenceLayout
 from mindspeed.host.repairs.latent_attention import head_sizes_of_its_own
@@ -12,6 +14,7 @@ from mindspeed.testing import ranks
 from mindspeed.testing.parity import assert_same_training
 from tests.core.context_parallel.dense import assert_parity
 from tests.core.transformer.attention_of_a_run import HYBRID, RING, ULYSSES, attention_of, layer, plan_arguments, run_of
+from tests.training.runs import TINY, assert_same_digits, seed_checkpoint, train
 
 SIZES = "--kv-lora-rank 16 --qk-head-dim 12 --qk-pos-emb-head-dim 8 --v-head-dim 16"
 LATENT = f"--multi-latent-attention {SIZES} --position-embedding-type rope"
@@ -77,3 +80,38 @@ def test_four_ranks_train_as_one(layout):
 )
 def test_two_ranks_train_as_one(layout):
     assert_same_training(LATENT, f"{LATENT} {layout}", world_b=2, features=["context-parallel"])
+
+
+@contextlib.contextmanager
+def plain_rotary():
+    """Rotary positions without YaRN, which no flag of the hosts chooses."""
+    original = MLATransformerConfig.__post_init__
+
+    def post_init(config):
+        config.rope_type = "rope"
+        original(config)
+
+    MLATransformerConfig.__post_init__ = post_init
+    try:
+        yield
+    finally:
+        MLATransformerConfig.__post_init__ = original
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """Training with the host's own attention on one device."""
+    with plain_rotary():
+        flags = f"{TINY} {LATENT}"
+        flags = f"{flags} {seed_checkpoint(tmp_path_factory.mktemp('latent') / 'seed', flags)}"
+        return flags, train(flags).curve
+
+
+@ranks(2, megatron=True)
+@pytest.mark.parametrize("algorithm", ["megatron_cp_algo", "ulysses_cp_algo"])
+def test_plain_rotary_positions(world, algorithm, reference):
+    flags, expected = reference
+    with plain_rotary():
+        curve = train(f"{flags} --context-parallel-size 2 --context-parallel-algo {algorithm}").curve
+    if world.rank == world.size - 1:
+        assert_same_digits(curve, expected)
