@@ -179,8 +179,9 @@ class Case:
 
     @property
     def group(self) -> str:
-        """First part of the id."""
-        return self.id.partition(".")[0]
+        """First part of the id; `attn` is short for attention."""
+        first = self.id.partition(".")[0]
+        return "attention" if first == "attn" else first
 
     @property
     def clock(self) -> str:
