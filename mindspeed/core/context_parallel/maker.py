@@ -54,7 +54,15 @@ class LayoutMaker:
     mask_on_cpu: bool = False
 
     def layout(self, length: int, *, boundaries: Boundaries | None = None, restart_positions: bool = False) -> SequenceLayout:
-        """Layout of `length` tokens, for causal layers."""
+        """Layout of `length` tokens, for causal layers.
+
+        Raises:
+            ValueError: a mask is set although documents are given, or tiles do not fit.
+        """
+        if boundaries is not None and STORE.is_set:
+            raise ValueError(
+                "set_attention_mask: documents are kept apart already; reset the mask with None, or leave them together"
+            )
         past, future = self.band.limits(causal=True)
         layout = self.plan.layout(
             length,

@@ -21,7 +21,7 @@ class ResetAttentionMask(Feature):
 
     def check(self, flags: NoFlags, run: RunShape) -> Iterator[Problem]:
         """Documents need a token that ends them, and no other mask."""
-        if STORE.custom is not None:
+        if STORE.is_set:
             yield Problem("--reset-attention-mask", None, "a mask is set with set_attention_mask too", "pick one of the two")
         if run.get("tokenizer_type") == "NullTokenizer" and run.get("vocab_size") is None:
             yield Problem(

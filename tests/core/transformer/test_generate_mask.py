@@ -154,6 +154,12 @@ def test_tiles_need_plain_blocks():
         run_of(**plan_arguments(RING, 2)).attention.maker.layout(8)
 
 
+def test_a_mask_beside_documents_is_refused_when_it_is_set_later():
+    set_attention_mask(masks()["prefix"])
+    with pytest.raises(ValueError, match="documents are kept apart already"):
+        run_of().attention.maker.layout(S, boundaries=((0, 5, S),))
+
+
 def test_parts_of_a_mask_are_looked_at_once_for_all_layers():
     set_attention_mask(masks()["prefix"])
     run = run_of(**plan_arguments(RING, 2, attention_mask_type="general"))
