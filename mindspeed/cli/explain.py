@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -19,11 +18,9 @@ from mindspeed.patching import activation
 from mindspeed.patching.activation import Active
 from mindspeed.patching.conflicts import is_layer
 from mindspeed.patching.discovery import all_features
+from mindspeed.patching.overview import operator_rows, operator_table
 from mindspeed.patching.plan import Plan
 from mindspeed.runtime import Runtime, revert, start
-
-if TYPE_CHECKING:
-    from mindspeed.ops import Ran
 
 _SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
 
@@ -88,7 +85,7 @@ def _explain(runtime: Runtime, args: argparse.Namespace, foreign: list[str], rep
     except MindspeedError as error:
         problems.append(Problem("patches", None, str(error), "see the message"))
     console.print(feature_table(active, plan, problems))
-    if served := operator_rows(active, runtime.platform.name):
+    if served := operator_rows(active):
         console.print(operator_table(served))
     for line in getattr(getattr(args, "mindspeed", None), "derived", ()):
         console.print(f"derived: {line}", markup=False)
@@ -142,34 +139,6 @@ def feature_table(active: Iterable[Active], plan: Plan | None, problems: Iterabl
         )
     for problem in problems:
         table.add_row(Text(problem.flag, style="bold"), Text("refused", style="red"), Text(problem.rule), "")
-    return table
-
-
-def operator_rows(active: Iterable[Active], device: str) -> list[tuple[str, str, Ran]]:
-    """(feature, operator, what serves it) for the operators that features which are on name in `operators`."""
-    from mindspeed.ops import backend_report
-
-    wanted = [(one.name, name) for one in active for name in getattr(one.feature, "operators", ())]
-    report = backend_report(device) if wanted else {}
-    return [(feature, name, _before_any_call(report[name])) for feature, name in wanted]
-
-
-def _before_any_call(ran: Ran) -> Ran:
-    """The report's row without what is plain here: that nothing has run yet."""
-    reason = ran.reason.removesuffix("; not called yet")
-    if reason == "first choice":
-        plain = ran.kernel == "ref"
-        reason = f"plain torch: no faster body for {ran.device}" if plain else f"first of the bodies for {ran.device}"
-    return ran._replace(reason=reason)
-
-
-def operator_table(rows: Iterable[tuple[str, str, Ran]]) -> Table:
-    """One row an operator: whose it is, which kernel serves it, and why that one."""
-    table = Table(title="Kernels that serve them", title_justify="left")
-    for heading in ("feature", "operator", "device", "kernel", "because"):
-        table.add_column(heading, overflow="fold")
-    for feature, name, ran in rows:
-        table.add_row(feature, name, ran.device, Text(ran.kernel, style="bold"), ran.reason)
     return table
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from mindspeed.ops import Ran
     from mindspeed.patching.activation import Active
 
 _MOST_TARGETS = 6
@@ -61,10 +62,46 @@ def show(active: Iterable[Active], ledger: Ledger, args: argparse.Namespace, con
     console = console or Console(width=None if os.isatty(1) else 140, highlight=False)
     if active:
         console.print(feature_table(active, changes_by_owner(ledger)))
+    if rows := operator_rows(active):
+        console.print(operator_table(rows))
     for line in getattr(getattr(args, "mindspeed", None), "derived", ()):
         console.print(line, markup=False)
     if getattr(args, "log_patches", False):
         console.print(str(ledger), markup=False)
+
+
+def operator_rows(active: Iterable[Active]) -> list[tuple[str, str, Ran]]:
+    """(feature, operator, what serves it) for the operators that features which are on name in `operators`."""
+    wanted = [(one.name, name) for one in active for name in getattr(one.feature, "operators", ())]
+    if not wanted:
+        return []
+    from mindspeed.ops import backend_report
+    from mindspeed.platform import current
+
+    report = backend_report(current().device_type)
+    return [(feature, name, _before_any_call(report[name])) for feature, name in wanted]
+
+
+def _before_any_call(ran: Ran) -> Ran:
+    """The report's row without what is plain here: that nothing has run yet."""
+    reason = ran.reason.removesuffix("; not called yet")
+    if reason == "first choice":
+        plain = ran.kernel == "ref"
+        reason = f"plain torch: no faster body for {ran.device}" if plain else f"first of the bodies for {ran.device}"
+    return ran._replace(reason=reason)
+
+
+def operator_table(rows: Iterable[tuple[str, str, Ran]]) -> Table:
+    """One row an operator: whose it is, which kernel serves it, and why that one."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="Kernels that serve them", title_justify="left")
+    for heading in ("feature", "operator", "device", "kernel", "because"):
+        table.add_column(heading, overflow="fold")
+    for feature, name, ran in rows:
+        table.add_row(feature, name, ran.device, Text(ran.kernel, style="bold"), ran.reason)
+    return table
 
 
 def ground_summary(ledger: Ledger) -> str:
