@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mindspeed.ops import _checks
-from mindspeed.ops._blocks import block_rows, row_blocks, widen
+from mindspeed.ops._blocks import block_rows, fresh, row_blocks, widen
 from mindspeed.ops._registry import below_autograd, define, register_kernel
 
 
@@ -214,33 +214,25 @@ def _blocked_weighted_backward(dy: Tensor, x: Tensor, weights: Tensor) -> tuple[
     return dx, sums.view(weights.shape).to(weights.dtype)
 
 
-def _halves(x_rows: Tensor, block: slice, bias: Tensor | None, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """The two halves of a block of rows in the buffer's dtype, with the bias added."""
-    size = x_rows.shape[1] // 2
-    a, b = widen(x_rows[block, :size], buffer[0]), widen(x_rows[block, size:], buffer[1])
-    if bias is None:
-        return a, b
-    n = a.shape[0]
-    return torch.add(a, bias[:size], out=buffer[0, :n]), torch.add(b, bias[size:], out=buffer[1, :n])
-
-
 def _blocked_forward(x: Tensor, bias: Tensor | None, weights: Tensor | None) -> Tensor:
     wide, size = _checks.wide_dtype(x), x.shape[-1] // 2
     x_rows = x.reshape(-1, 2 * size)
     rows = x_rows.shape[0]
-    y = torch.empty((*x.shape[:-1], size), dtype=x.dtype)
+    y = fresh((*x.shape[:-1], size), x.dtype)
     y_rows, bias = y.view(rows, size), None if bias is None else bias.to(wide)
     weights = None if weights is None else weights.reshape(rows, 1).to(wide)
-    buffer = torch.empty(2, block_rows(rows, size * 4), size, dtype=wide)
+    step = block_rows(rows, size * 4)
+    both, work = torch.empty(step, 2 * size, dtype=wide), torch.empty(step, size, dtype=wide)
     for block in row_blocks(rows, size * 4):
-        a, b = _halves(x_rows, block, bias, buffer)
-        out = torch.ops.aten.silu.out(a, out=buffer[0, : a.shape[0]])
+        ab, target = widen(x_rows[block], both), y_rows[block]
+        if bias is not None:
+            ab = torch.add(ab, bias, out=both[: ab.shape[0]])
+        out = torch.ops.aten.silu.out(ab[:, :size], out=target if y.dtype == wide else work[: ab.shape[0]])
         if weights is not None:
             out.mul_(weights[block])
-        if y.dtype == wide:
-            torch.mul(out, b, out=y_rows[block])
-        else:
-            y_rows[block].copy_(out.mul_(b))
+        out.mul_(ab[:, size:])
+        if y.dtype != wide:
+            target.copy_(out)
     return y
 
 
@@ -249,25 +241,38 @@ def _blocked_gradients(dy: Tensor, x: Tensor, bias: Tensor | None, weights: Tens
     wide, size = _checks.wide_dtype(x), x.shape[-1] // 2
     x_rows, dy_rows = x.reshape(-1, 2 * size), dy.reshape(-1, size)
     rows = x_rows.shape[0]
-    dx = torch.empty(x.shape, dtype=x.dtype)
+    dx = fresh(x.shape, x.dtype)
     dx_rows, bias = dx.view(rows, 2 * size), None if bias is None else bias.to(wide)
     weights = None if weights is None else weights.reshape(rows, 1).to(wide)
-    buffer = torch.empty(3 if weights is None else 4, block_rows(rows, size * 4), size, dtype=wide)
+    step = block_rows(rows, size * 4)
+    both, work = torch.empty(step, 2 * size, dtype=wide), torch.empty(3, step, size, dtype=wide)
     sums = torch.zeros(2 * size, dtype=wide) if bias is not None else torch.empty(rows, dtype=wide)
     for block in row_blocks(rows, size * 4):
-        a, b = _halves(x_rows, block, bias, buffer)
-        work_a, work_b, work_g = buffer[:3, : a.shape[0]]
-        g = widen(dy_rows[block], buffer[2])
-        if weights is not None:
-            gated = torch.ops.aten.silu.out(a, out=buffer[3, : a.shape[0]]).mul_(b)
-            torch.linalg.vecdot(gated, g, out=sums[block])
-            g = torch.mul(g, weights[block], out=work_g)
-        da = torch.mul(g, b, out=work_b)
-        torch.ops.aten.silu_backward.grad_input(da, a, grad_input=da)
-        dx_rows[block, :size] = da
-        db = torch.ops.aten.silu.out(a, out=work_a).mul_(g)
-        dx_rows[block, size:] = db
+        target = dx_rows[block]
+        n = target.shape[0]
+        ab = (target if dx.dtype == wide else both[:n]).copy_(x_rows[block])
         if bias is not None:
-            sums[:size] += da.sum(0)
-            sums[size:] += db.sum(0)
+            ab.add_(bias)
+        g, sigmoid, gated = work[:, :n]
+        g.copy_(dy_rows[block])
+        torch.sigmoid(ab[:, :size], out=sigmoid)
+        if weights is not None:
+            torch.mul(ab[:, :size], sigmoid, out=gated).mul_(ab[:, size:])
+            torch.linalg.vecdot(gated, g, out=sums[block])
+            g.mul_(weights[block])
+        _gradients_in_place(ab[:, :size], ab[:, size:], g, sigmoid)
+        if bias is not None:
+            sums += ab.sum(0)
+        if dx.dtype != wide:
+            target.copy_(ab)
     return dx, sums
+
+
+def _gradients_in_place(a: Tensor, b: Tensor, g: Tensor, sigmoid: Tensor) -> None:
+    """Replace a by `g b s (1 + a (1 - s))` and b by `g a s`; g and the sigmoid s are used up. One exponential serves both."""
+    g.mul_(sigmoid)
+    b.mul_(g)
+    torch.addcmul(a, a, sigmoid, value=-1, out=sigmoid)
+    g.mul_(a)
+    torch.addcmul(b, b, sigmoid, out=a)
+    b.copy_(g)
