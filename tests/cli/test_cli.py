@@ -71,7 +71,16 @@ def test_explain_shows_what_is_on_and_why(console):
     assert "refused" not in text and "repair.norms" in text
 
 
-def test_explain_names_the_kernel_of_each_operator_that_features_use(console):
+@pytest.fixture
+def no_operator_has_run(monkeypatch):
+    """As in a fresh process: the report tells what would be tried, not what other tests ran."""
+    from mindspeed.ops._registry import REGISTRY
+
+    for operator in REGISTRY.operators.values():
+        monkeypatch.setattr(operator, "last", {})
+
+
+def test_explain_names_the_kernel_of_each_operator_that_features_use(console, no_operator_has_run):
     argv = ["--", "--num-layers", "8", "--normalization", "RMSNorm", "--use-fused-rmsnorm"]
     code, text = text_of(explain.run, console, argv, False)
     assert code == 0
