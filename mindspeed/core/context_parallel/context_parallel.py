@@ -185,6 +185,10 @@ def _hints(flags: ContextParallelFlags, run: RunShape) -> None:
         warn_once("--ulysses-degree-in-cp has no effect with %s", algorithm)
     if flags.cp_window_size > 1 and algorithm not in WITH_RING:
         warn_once("--cp-window-size has no effect with %s", algorithm)
+    if flags.use_cp_send_recv_overlap and algorithm not in WITH_RING:
+        warn_once("--use-cp-send-recv-overlap has no effect with %s", algorithm)
+    if flags.use_fused_ring_attention_update and algorithm not in WITH_RING:
+        warn_once("--use-fused-ring-attention-update has no effect with %s", algorithm)
     if flags.megatron_cp_in_bnsd and run.platform != "npu":
         log_once("--megatron-cp-in-bnsd concerns the NPU kernel; nothing changes on %s", run.platform)
     if "shape_order" in run.given:

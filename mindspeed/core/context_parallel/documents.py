@@ -28,11 +28,3 @@ def restarted_positions(boundaries: Sequence[int]) -> Tensor:
     starts = torch.tensor(boundaries[:-1])
     lengths = torch.tensor(boundaries).diff()
     return torch.arange(int(boundaries[-1])) - starts.repeat_interleave(lengths)
-
-
-def dense_document_mask(boundaries: Sequence[int]) -> Tensor:
-    """Boolean [S, S], True where hidden: the future, and other documents. For hosts without a document-aware kernel."""
-    lengths = torch.tensor(boundaries).diff()
-    document = torch.arange(len(lengths)).repeat_interleave(lengths)
-    position = torch.arange(int(boundaries[-1]))
-    return (document[:, None] != document[None, :]) | (position[None, :] > position[:, None])

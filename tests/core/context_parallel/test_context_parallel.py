@@ -10,6 +10,7 @@ from mindspeed.core.context_parallel.context_parallel import ContextParallel
 from mindspeed.core.context_parallel.kv_cache_policy import KvCachePolicy
 from mindspeed.core.transformer.flash_attention.feature import FlashAttention
 from mindspeed.errors import ConfigError
+from mindspeed.notices import warn_once
 from mindspeed.patching import activation
 from mindspeed.testing.parity import assert_same_training
 from tests.core.transformer.attention_of_a_run import plan_arguments, run_of
@@ -116,6 +117,15 @@ def test_each_rule_names_flag_value_and_remedy(name):
     found = messages(**changes)
     assert any(words in message for message in found), found
     assert all(message.startswith(("--", "window_size")) and message.count(": ") >= 1 for message in found)
+
+
+@pytest.mark.parametrize("dest", ["use_cp_send_recv_overlap", "use_fused_ring_attention_update"])
+def test_flags_of_the_ring_say_so_without_one(dest, caplog):
+    warn_once.cache_clear()
+    option = "--" + dest.replace("_", "-")
+    assert messages(**{dest: True}) == [] and option not in caplog.text
+    assert messages(**{dest: True}, **ULYSSES) == []
+    assert f"{option} has no effect with ulysses_cp_algo" in caplog.text
 
 
 def test_all_problems_come_at_once():

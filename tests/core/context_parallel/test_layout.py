@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindspeed.core.attention import CAUSAL, FULL
-from mindspeed.core.context_parallel.documents import boundaries_of, dense_document_mask, restarted_positions
+from mindspeed.core.context_parallel.documents import boundaries_of, restarted_positions
 from mindspeed.core.context_parallel.layout import SequenceLayout, positions_of, slice_batch, take
 from mindspeed.core.context_parallel.placement import contiguous, document_zigzag, piece, zigzag
 from mindspeed.core.context_parallel.scope import current_layout, layout_scope
@@ -175,11 +175,6 @@ def test_positions_restart_in_each_document():
     assert restarted_positions((0, 2, 5, 6)).tolist() == [0, 1, 0, 1, 2, 0]
     layout = SequenceLayout(6, ulysses=2, boundaries=((0, 2, 6), (0, 5, 6)), restart_positions=True)
     assert layout.position_ids(1).tolist() == [[1, 2, 3], [3, 4, 0]]
-
-
-def test_dense_mask_hides_the_future_and_other_documents():
-    mask = dense_document_mask((0, 1, 3))
-    assert mask.tolist() == [[False, True, True], [True, False, True], [True, False, False]]
 
 
 def test_batches_follow_the_layout():
