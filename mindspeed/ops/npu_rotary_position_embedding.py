@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mindspeed.ops import _checks
-from mindspeed.ops._blocks import BLOCK_BYTES
+from mindspeed.ops._blocks import block_rows, fresh
 from mindspeed.ops._registry import below_autograd, define, register_kernel
 
 OP = "npu_rotary_position_embedding"
@@ -39,6 +41,13 @@ def npu_rotary_position_embedding(x: Tensor, cos: Tensor, sin: Tensor, mode: int
     _checks.option(OP, "mode", mode, (HALF, INTERLEAVED))
     _checks.same_device(OP, x=x, cos=cos, sin=sin)
     return torch.ops.mindspeed.rotary(x, cos, sin, mode)
+
+
+def _pair(mode: int, size: int) -> tuple[tuple[Any, slice], tuple[Any, slice]]:
+    """Where the first and the second members of the pairs are in the last dimension."""
+    if mode == HALF:
+        return (..., slice(0, size // 2)), (..., slice(size // 2, None))
+    return (..., slice(0, None, 2)), (..., slice(1, None, 2))
 
 
 def _turned(x: Tensor, mode: int) -> Tensor:
@@ -117,30 +126,22 @@ define(
 def _blocked(x: Tensor, cos: Tensor, sin: Tensor, mode: int) -> Tensor:
     """Slices of the longest leading dimension, so that float32 work stays in the cache."""
     wide, size = _checks.wide_dtype(x), cos.shape[-1]
-    y = torch.empty(x.shape, dtype=x.dtype)
-    cos, sin = cos.to(wide), sin.to(wide)
+    y = fresh(x.shape, x.dtype)
+    head, target = x[..., :size], y[..., :size]
     dim = max(range(3), key=lambda index: x.shape[index])
-    slice_bytes = max(1, x.numel() // x.shape[dim] * 4)
-    step = max(1, min(x.shape[dim], BLOCK_BYTES * torch.get_num_threads() // slice_bytes))
-    shape = [*x.shape[:3], size]
-    shape[dim] = step
-    x_buffer, out_buffer = (torch.empty(shape, dtype=wide) for _ in range(2))
-    first, second = (
-        ((..., slice(0, size // 2)), (..., slice(size // 2, None)))
-        if mode == HALF
-        else ((..., slice(0, None, 2)), (..., slice(1, None, 2)))
-    )
-    for start in range(0, x.shape[dim], step):
-        n = min(step, x.shape[dim] - start)
-        head = x.narrow(dim, start, n)[..., :size]
-        head = head if head.dtype == wide else x_buffer.narrow(dim, 0, n).copy_(head)
-        cos_part, sin_part = (value.narrow(dim, start, n) if value.shape[dim] > 1 else value for value in (cos, sin))
-        target = y.narrow(dim, start, n)[..., :size]
-        out = torch.mul(head, cos_part, out=target if target.dtype == wide else out_buffer.narrow(dim, 0, n))
-        out[first].addcmul_(head[second], sin_part[first], value=-1)
-        out[second].addcmul_(head[first], sin_part[second])
-        if target.dtype != wide:
-            target.copy_(out)
+    step = block_rows(x.shape[dim], 4 * x.numel() // max(x.shape[dim], 1))
+    shape = [*x.shape[:dim], step, *x.shape[dim + 1 : 3], size]
+    x_buffer, y_buffer = (torch.empty(shape, dtype=wide) for _ in range(2))
+    first, second = _pair(mode, size)
+    tables = (value.to(wide).expand(*value.shape[:dim], x.shape[dim], *value.shape[dim + 1 :]) for value in (cos, sin))
+    for source, result, cosine, sine in zip(*(value.split(step, dim) for value in (head, target, *tables)), strict=True):
+        n = source.shape[dim]
+        source = source if source.dtype == wide else x_buffer.narrow(dim, 0, n).copy_(source)
+        out = torch.mul(source, cosine, out=result if result.dtype == wide else y_buffer.narrow(dim, 0, n))
+        out[first].addcmul_(source[second], sine[first], value=-1)
+        out[second].addcmul_(source[first], sine[second])
+        if out is not result:
+            result.copy_(out)
     if size < x.shape[-1]:
         y[..., size:] = x[..., size:]
     return y
