@@ -1,7 +1,8 @@
 """Attention of one tile (some queries, some keys) on every device, and how tiles are merged into attention."""
 
-from mindspeed.core.attention.contract import CAUSAL, FULL, Dropout, Scoring, Visibility
+from mindspeed.core.attention.contract import CAUSAL, FULL, Scoring, Visibility
 from mindspeed.core.attention.dispatch import attend, attend_backward
+from mindspeed.core.attention.dropout import Dropout
 from mindspeed.core.attention.merge import Accumulator, merge, merge_fused
 
 __all__ = [

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mindspeed.core.attention.dropout import Dropout
+
 
 @dataclass(frozen=True)
 class Visibility:
@@ -63,17 +65,6 @@ class Visibility:
 
 FULL = Visibility()
 CAUSAL = Visibility(future=0)
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """Dropout on normalised probabilities; `seed` fixes the mask of one tile, in forward and in backward.
-
-    The log-sum-exp ignores dropout, so dropping per tile and merging equals dropping in the whole row.
-    """
-
-    probability: float
-    seed: int
 
 
 Bias = Tensor | Callable[[range, range], Tensor]

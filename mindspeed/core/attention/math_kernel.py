@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed.core.attention.contract import Bias, Dropout, Scoring, Visibility, statistics_dtype
+from mindspeed.core.attention.contract import Bias, Scoring, Visibility, statistics_dtype
 
 MAX_SCORES = 1 << 22  # 16 MiB of fp32 scores per chunk
 
@@ -29,7 +29,7 @@ class MathKernel:
         return ""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor, Any]:
-        """See the contract; `rng_state` is None because the seed determines the mask."""
+        """See the contract; `rng_state` is None: seed and places determine the dropout mask."""
         dtype = statistics_dtype(q.dtype)
         out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=dtype)
         lse = q.new_full(q.shape[:-1], float("-inf"), dtype=dtype)
@@ -41,7 +41,7 @@ class MathKernel:
             total = weights.sum(-1, keepdim=True)
             weights /= torch.where(total == 0, torch.ones_like(total), total)
             if scoring.dropout is not None:
-                weights *= keep_mask(weights.shape, rows.start, scoring.dropout, q.device)
+                weights *= scoring.dropout.multipliers(*weights.shape[:2], rows, keys, weights)
             part = slice(rows.start, rows.stop)
             values = v[:, :, None, keys.start : keys.stop].to(dtype)
             out[:, :, part] = (_grouped(weights, k.shape[1]) @ values).flatten(1, 2)
@@ -71,7 +71,7 @@ class MathKernel:
             grad_weights = (_grouped(grad, groups) @ v[:, :, None, span].to(dtype).transpose(-1, -2)).flatten(1, 2)
             kept = weights
             if scoring.dropout is not None:
-                keep = keep_mask(weights.shape, rows.start, scoring.dropout, q.device)
+                keep = scoring.dropout.multipliers(*weights.shape[:2], rows, keys, weights)
                 kept, grad_weights = weights * keep, grad_weights * keep
             grad_scores = weights * (grad_weights - delta) * scoring.scale
             dv[:, :, span] += (_grouped(kept, groups).transpose(-1, -2) @ _grouped(grad, groups)).sum(2)
@@ -133,13 +133,6 @@ def masked_parts(q: Tensor, k: Tensor, scoring: Scoring, step: int) -> Iterator[
             mask = mask.expand(*mask.shape[:-2], len(rows), len(keys))
             mask = mask if mask.dim() in (2, 4) else mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
         yield rows, keys, mask
-
-
-def keep_mask(shape: torch.Size, first_row: int, dropout: Dropout, device: torch.device) -> Tensor:
-    """Dropout multipliers (0 or 1 / (1 - p)) of a chunk; the same for the same seed, first row and shape."""
-    generator = torch.Generator(device=device).manual_seed((dropout.seed + 0x9E3779B97F4A7C15 * (first_row + 1)) & (2**63 - 1))
-    keep = torch.rand(shape, generator=generator, device=device) >= dropout.probability
-    return keep.float() / (1.0 - dropout.probability)
 
 
 def _grouped(heads: Tensor, groups: int) -> Tensor:

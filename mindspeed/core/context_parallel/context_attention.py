@@ -199,11 +199,10 @@ def _chunks(layout: SequenceLayout) -> Segments:
 
 
 def _own_heads(options: AttentionOptions, heads: int, rank: int, degree: int) -> AttentionOptions:
-    """Options for the heads that a Ulysses rank computes: its ALiBi slopes, and a dropout seed of its own."""
+    """Options for the heads that a Ulysses rank computes: its ALiBi slopes, and its part of the dropout mask."""
+    share = heads // degree
     if options.slopes is not None:
-        share = heads // degree
         options = replace(options, slopes=options.slopes[rank * share : (rank + 1) * share])
-    if options.dropout is not None and rank:
-        seed = (options.dropout.seed * 0x2545F4914F6CDD1D + rank) & (2**63 - 1)
-        options = replace(options, dropout=replace(options.dropout, seed=seed))
+    if options.dropout is not None:
+        options = replace(options, dropout=options.dropout.of_heads(rank * share))
     return options

@@ -21,8 +21,8 @@ class AttentionOptions:
 
     Attributes:
         scale: factor of the scores.
-        dropout: probability and base seed; each tile derives its own seed from its place, so that the mask does not
-            depend on which rank computes it.
+        dropout: probability, seed and first head; tiles tell it where they lie, so that the mask does not depend on which
+            rank computes them.
         slopes: ALiBi slopes [N] fp32 of this rank's heads, or None.
         distance: what the slopes multiply: "absolute", "root" (of the absolute one) or "signed".
         memory_order: what kernels that read several arrangements are handed, see `Scoring`.
@@ -79,23 +79,22 @@ def plan_between(
     for samples in groups:
         rows, columns = queries(samples.start), keys(samples.start)
         for tile in tiles_between(rows, columns, layout.rule(samples.start), options.slopes is None):
-            bias = None
-            if options.slopes is not None:
-                places = positions_of(rows)[tile.rows], positions_of(columns)[tile.keys]
-                bias = AlibiBias(options.slopes, *places, options.distance)
-            scoring = options.scoring(tile.visible, bias)
-            work = Work(samples, tile.rows, tile.keys, scoring)
-            found.append(_seeded(work, _at(rows, tile.rows.start), _at(columns, tile.keys.start)))
+            work = Work(samples, tile.rows, tile.keys, options.scoring(tile.visible))
+            if options.slopes is not None or options.dropout is not None:
+                work = _with_places(work, positions_of(rows)[tile.rows], positions_of(columns)[tile.keys], options)
+            found.append(work)
     return tuple(found)
 
 
-def _at(segments: Segments, place: int) -> int:
-    """Global position of a place in local order."""
-    for segment in segments:
-        if place < segment.size:
-            return segment.start + place
-        place -= segment.size
-    raise IndexError(place)
+def _with_places(work: Work, rows: Tensor, keys: Tensor, options: AttentionOptions) -> Work:
+    """A tile that knows where its queries and keys are in the sequence: ALiBi and dropout depend on it."""
+    scoring = work.scoring
+    if options.slopes is not None:
+        alibi = AlibiBias(options.slopes, rows, keys, options.distance)
+        scoring = replace(scoring, bias=alibi if scoring.bias is None else SumOfBiases((alibi, scoring.bias)))
+    if scoring.dropout is not None:
+        scoring = replace(scoring, dropout=scoring.dropout.of_tile(rows, keys, work.samples.start))
+    return replace(work, scoring=scoring)
 
 
 def plan_tile(
@@ -136,22 +135,9 @@ def _custom_work(parts: MaskParts, rows: Tensor, keys: Tensor, batch: int, optio
         if visible == "nothing":
             continue
         samples = slice(0, batch) if len(parts) == 1 else slice(index, index + 1)
-        bias: Bias | None = None if part is None else MaskBias(part)
-        if options.slopes is not None:
-            bias = SumOfBiases((AlibiBias(options.slopes, rows, keys, options.distance), *([] if bias is None else [bias])))
+        bias = None if part is None else MaskBias(part)
         work = Work(samples, slice(0, len(rows)), slice(0, len(keys)), options.scoring(bias=bias))
-        yield _seeded(work, int(rows[0]), int(keys[0]))
-
-
-def _seeded(work: Work, row: int, key: int) -> Work:
-    """Give a tile its own dropout seed, made from global positions of its first query and key."""
-    dropout = work.scoring.dropout
-    if dropout is None:
-        return work
-    seed = dropout.seed
-    for part in (row, key, work.samples.start):
-        seed = ((seed ^ part) * 0x2545F4914F6CDD1D + 0x9E3779B97F4A7C15) & (2**63 - 1)
-    return replace(work, scoring=replace(work.scoring, dropout=replace(dropout, seed=seed)))
+        yield _with_places(work, rows, keys, options)
 
 
 def forward_block(q: Tensor, k: Tensor, v: Tensor, work: tuple[Work, ...], total: Accumulator) -> list[object]:

@@ -22,7 +22,7 @@ from mindspeed.core.attention import (
 from mindspeed.core.attention.bias import AlibiBias, MaskBias, SumOfBiases
 from mindspeed.core.attention.cpu_kernel import CpuKernel
 from mindspeed.core.attention.dispatch import kernels_for
-from mindspeed.core.attention.math_kernel import MathKernel, keep_mask
+from mindspeed.core.attention.math_kernel import MathKernel
 from mindspeed.core.attention.npu_kernel import NpuKernel
 
 KERNELS = [CpuKernel(), MathKernel(), MathKernel(max_scores=64), NpuKernel()]  # the last one on the operator's CPU body
@@ -211,7 +211,7 @@ def test_dropout_is_served_by_the_reference_and_repeats():
     assert torch.equal(out, again) and not torch.equal(out, other)
     plain, plain_lse, _ = attend(q, k, v, Scoring(0.3, CAUSAL))
     torch.testing.assert_close(lse, plain_lse)
-    keep = keep_mask(torch.Size((2, 4, 40, 40)), 0, Dropout(0.3, 11), q.device).double()
+    keep = Dropout(0.3, 11).multipliers(2, 4, range(40), range(40), q).double()
     leaves = [tensor.double().requires_grad_() for tensor in (q, k, v)]
     repeated = [tensor.repeat_interleave(2, 1) for tensor in leaves[1:]]
     scores = (0.3 * leaves[0] @ repeated[0].transpose(-1, -2)).masked_fill(

@@ -1,15 +1,17 @@
-"""Attention dropout: under every algorithm equal to a dense reference with the same mask, in training only, repeatable."""
+"""Attention dropout: under every algorithm the mask of one device, gradients that belong to it, in training only, repeatable."""
+
+import functools
 
 import pytest
 import torch
 
-from mindspeed.core.attention import Dropout
+from mindspeed.core.attention import CAUSAL, Dropout, Scoring
+from mindspeed.core.attention.math_kernel import MathKernel
 from mindspeed.core.context_parallel.adaptive.planner import AdaptivePlanner
 from mindspeed.core.context_parallel.context_attention import context_attention
 from mindspeed.core.context_parallel.gathered_attention import heads_first, sequence_first
 from mindspeed.core.context_parallel.groups import ContextGroups
 from mindspeed.core.context_parallel.layout import SequenceLayout
-from mindspeed.core.context_parallel.maker import LayoutMaker
 from mindspeed.core.context_parallel.plan import ADAPTIVE, GATHER, HYBRID, HYBRID_ADAPTIVE, RING, ULYSSES, ContextPlan
 from mindspeed.core.context_parallel.work import AttentionOptions
 from mindspeed.testing import ranks
@@ -40,6 +42,12 @@ def kept_pairs(attention, layout, rank, gather):
     return kept[:, :, order.argsort()]
 
 
+@functools.cache
+def mask_of_one_device():
+    """What survives of all pairs of two samples and four heads: every algorithm must drop the same."""
+    return Dropout(P, 11).multipliers(2, 4, range(S), range(S), torch.empty(0)) != 0
+
+
 def dense_with(kept, layout):
     """Values and gradients in float64 with this dropout mask."""
     q, k, v, grad_out = draw(S)
@@ -50,9 +58,18 @@ def dense_with(kept, layout):
     return [out.detach(), *torch.autograd.grad(out, leaves, grad_out.double())]
 
 
-def assert_dropout(plan, groups, rank, gather):
-    adaptive = AdaptivePlanner(groups) if plan.algorithm in (ADAPTIVE, HYBRID_ADAPTIVE) else None
-    layout = LayoutMaker(plan, adaptive=adaptive).layout(S)
+def layouts_of(plan, groups):
+    """Causal, documents that differ between samples, and a custom mask; the adaptive algorithms have no documents."""
+    hidden = torch.rand(2, 1, S, S, generator=torch.Generator().manual_seed(2)) < 0.3
+    hidden[:, :, :, 0] = False
+    if plan.algorithm in (ADAPTIVE, HYBRID_ADAPTIVE):
+        planner = AdaptivePlanner(groups)
+        return [planner.remapped(plan.layout(S, custom_mask=mask)) for mask in (None, hidden)]
+    documents = ((0, 5, 29, 32), (0, 32))
+    return [plan.layout(S), plan.layout(S, boundaries=documents), plan.layout(S, custom_mask=hidden)]
+
+
+def assert_dropout(plan, groups, layout, rank, gather):
     options = AttentionOptions(SCALE, Dropout(P, 11))
 
     def attention(q, k, v):
@@ -60,13 +77,7 @@ def assert_dropout(plan, groups, rank, gather):
         return heads_first(context_attention(*inputs, plan=plan, groups=groups, layout=layout, options=options))
 
     kept = kept_pairs(attention, layout, rank, gather)
-    visible = ~hidden_pairs(layout, 2).expand_as(kept)
-    assert not kept[~visible].any()
-    share = kept[visible].float().mean().item()
-    assert abs(share - (1 - P)) < 0.03
-    for first in range(4):
-        for second in range(first):
-            assert not torch.equal(kept[:, first], kept[:, second]), "heads share a mask"
+    assert torch.equal(kept, mask_of_one_device() & ~hidden_pairs(layout, 2))
     q, k, v, grad_out = shares(draw(S), layout, rank)
     out = attention(q, k, v)
     gradients = torch.autograd.grad(out, (q, k, v), grad_out)
@@ -75,8 +86,39 @@ def assert_dropout(plan, groups, rank, gather):
         assert_near(ours, true.detach())
 
 
+def test_masks_look_random():
+    """Bernoulli with the right rate, whatever is compared: rows, keys, heads, samples, seeds, and corners of rectangles."""
+    size, p = 256, 0.3
+    first, second = (Dropout(p, seed).multipliers(2, 2, range(size), range(size), torch.empty(0)) != 0 for seed in (5, 6))
+    noise = (first.double() - (1 - p)) / (p * (1 - p)) ** 0.5
+    other = (second.double() - (1 - p)) / (p * (1 - p)) ** 0.5
+    products = {
+        "rate": noise,
+        "rows": noise[..., 1:, :] * noise[..., :-1, :],
+        "keys": noise[..., 1:] * noise[..., :-1],
+        "heads": noise[:, 0] * noise[:, 1],
+        "samples": noise[0] * noise[1],
+        "transposed": (noise * noise.transpose(-1, -2)).triu(1) * 2**0.5,
+        "seeds": noise * other,
+        "samples of seeds": noise[1] * other[0],
+        "corners": noise[..., 1:, 1:] * noise[..., :-1, :-1] * noise[..., 1:, :-1] * noise[..., :-1, 1:],
+    }
+    for name, product in products.items():
+        assert abs(product.sum().item()) < 4.5 * product.numel() ** 0.5, name
+    assert (first != second).any() and (Dropout(0.0, 5).multipliers(1, 1, range(9), range(9), noise) == 1).all()
+
+
+@pytest.mark.parametrize("max_scores", [1, 64, 1 << 22])
+def test_mask_does_not_depend_on_chunks(max_scores):
+    q, k, v, _ = (tensor.detach() for tensor in draw(S))
+    scoring = Scoring(SCALE, CAUSAL, dropout=Dropout(P, 11))
+    out, *_ = MathKernel(max_scores).forward(q, k, v, scoring)
+    torch.testing.assert_close(out, MathKernel().forward(q, k, v, scoring)[0])
+
+
 def test_on_one_device():
-    assert_dropout(PLANS["one"], ContextGroups(), 0, lambda tensor, dim: tensor)
+    for layout in layouts_of(PLANS["one"], ContextGroups()):
+        assert_dropout(PLANS["one"], ContextGroups(), layout, 0, lambda tensor, dim: tensor)
 
 
 @ranks(4)
@@ -85,7 +127,8 @@ def test_under_every_algorithm(world):
     for plan in list(PLANS.values())[1:]:
         groups = ContextGroups()
         groups.create(plan, world.group, overlap=False)
-        assert_dropout(plan, groups, world.rank, lambda tensor, dim: world.gather(tensor.int(), dim).bool())
+        for layout in layouts_of(plan, groups):
+            assert_dropout(plan, groups, layout, world.rank, lambda tensor, dim: world.gather(tensor.int(), dim).bool())
         groups.drop()
 
 
@@ -114,3 +157,30 @@ def test_seeds_come_from_the_hosts_tracker(sequence_parallel, forks):
 def test_recomputation_is_bit_equal(recompute):
     flags = "--use-flash-attn --attention-dropout 0.3"
     assert_same_training(flags, f"{flags} --recompute-granularity {recompute}", rtol=0.0, weight_atol=0.0)
+
+
+ROPE = "--position-embedding-type rope --group-query-attention --num-query-groups 2"
+FLAGS = {
+    "ring": "--context-parallel-size 2",
+    "ulysses": "--context-parallel-size 4 --context-parallel-algo ulysses_cp_algo",
+    "gather": "--context-parallel-size 2 --context-parallel-algo kvallgather_cp_algo",
+    "adaptive": "--context-parallel-size 4 --context-parallel-algo adaptive_cp_algo",
+    "double ring": "--context-parallel-size 4 --cp-window-size 2",
+    "hybrid": "--context-parallel-size 4 --context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 2",
+}
+
+
+def assert_trains_as_one(name):
+    base = f"{ROPE} --use-flash-attn --attention-dropout 0.3"
+    world = int(FLAGS[name].split()[1])
+    assert_same_training(base, f"{base} {FLAGS[name]}", world_b=world, features=["context-parallel"])
+
+
+def test_training_drops_the_same_on_four_ranks():
+    assert_trains_as_one("hybrid")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in FLAGS if name != "hybrid"])
+def test_training_drops_the_same_under_every_algorithm(name):
+    assert_trains_as_one(name)
