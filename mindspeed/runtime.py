@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import TracebackType
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from mindspeed.patching.ledger import Ledger, Row
     from mindspeed.patching.settings import Settings
     from mindspeed.platform import Platform
+
+_log = logging.getLogger(__name__)
 
 
 class Runtime:
@@ -97,7 +100,7 @@ class Runtime:
         Raises:
             ConfigError, TargetError, ConflictError: nothing has changed then.
         """
-        from mindspeed.patching import activation, overview
+        from mindspeed.patching import activation, idle, overview
         from mindspeed.patching.settings import config_patches
 
         if self.active:
@@ -109,6 +112,8 @@ class Runtime:
         activation.activate(chosen, self.host, self.ledger, extra)
         self._rows = self.ledger.rows[count:]
         self.active, self.settings = chosen, settings
+        for flag in idle.idle_flags(self.features, chosen, self.host.args) if overview.is_first_rank() else ():
+            _log.warning("%s", flag)
         if announce:
             overview.show(self.active, self.ledger, self.host.args)
 

@@ -18,6 +18,7 @@ from mindspeed.patching import activation
 from mindspeed.patching.activation import Active
 from mindspeed.patching.conflicts import is_layer
 from mindspeed.patching.discovery import all_features
+from mindspeed.patching.idle import IdleFlag, idle_flags
 from mindspeed.patching.overview import operator_rows, operator_table
 from mindspeed.patching.plan import Plan
 from mindspeed.runtime import Runtime, revert, start
@@ -84,7 +85,8 @@ def _explain(runtime: Runtime, args: argparse.Namespace, foreign: list[str], rep
         plan = activation.plan_for(active, runtime.host, runtime.ledger)
     except MindspeedError as error:
         problems.append(Problem("patches", None, str(error), "see the message"))
-    console.print(feature_table(active, plan, problems))
+    asked = _survey(runtime, args)
+    console.print(feature_table(active, plan, problems, idle_flags(runtime.features, asked, args) if asked else ()))
     if served := operator_rows(active):
         console.print(operator_table(served))
     for line in getattr(getattr(args, "mindspeed", None), "derived", ()):
@@ -123,8 +125,10 @@ def _host_problems(args: argparse.Namespace, active: list[Active]) -> list[Probl
         return validation.problems(args, wrong)
 
 
-def feature_table(active: Iterable[Active], plan: Plan | None, problems: Iterable[Problem]) -> Table:
-    """One row a feature that is on, one a refusal."""
+def feature_table(
+    active: Iterable[Active], plan: Plan | None, problems: Iterable[Problem], idle: Iterable[IdleFlag] = ()
+) -> Table:
+    """One row a feature that is on, one a refusal, one a flag that changes nothing."""
     table = Table(title="What these flags do", title_justify="left", show_lines=True)
     for heading in ("feature", "state", "because", "changes"):
         table.add_column(heading, overflow="fold")
@@ -139,6 +143,8 @@ def feature_table(active: Iterable[Active], plan: Plan | None, problems: Iterabl
         )
     for problem in problems:
         table.add_row(Text(problem.flag, style="bold"), Text("refused", style="red"), Text(problem.rule), "")
+    for flag in idle:
+        table.add_row(Text(flag.option, style="bold"), Text("no effect", style="yellow"), Text(flag.because), "")
     return table
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "choose",
     "explain_unknown_flags",
     "given_flags",
+    "off",
     "overridden",
     "plan_for",
     "settle",
@@ -244,11 +245,22 @@ def check(
             problems += one.feature.check(one.flags, run)
         except MissingArgument as error:
             problems.append(_missing(one.why if one.why.startswith("--") else one.name, error))
+    for feature, flags in off(features, active, args):
+        problems += feature.check_off(flags, run)
     problems += _unmet(active, features)
     problems += _combined(active)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     return active
+
+
+def off(features: Iterable[Feature], active: Iterable[Active], args: argparse.Namespace) -> Iterator[tuple[Feature, Any]]:
+    """Features that are off, with the flags that are given for them all the same; unreadable ones are left out."""
+    on = {one.name for one in active}
+    for feature in sorted(features, key=lambda feature: feature.name):
+        if feature.name not in on:
+            with contextlib.suppress(ConfigError):  # reported by the survey
+                yield feature, read_flags(feature.flags, vars(args))
 
 
 def _unmet(active: Iterable[Active], features: Iterable[Feature]) -> Iterator[Problem]:

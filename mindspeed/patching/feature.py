@@ -86,6 +86,7 @@ class Feature:
         flags: dataclass of this feature's own flags.
         conflicts: names of features that cannot be on together with this one, with the reason.
         needs: names of features that must be on as well.
+        switch: what turns it on, where its own flags do not: told to users who gave such a flag while it is off.
         page: docs page below docs/features/, derived from the name by default.
     """
 
@@ -94,6 +95,7 @@ class Feature:
     flags: ClassVar[type] = NoFlags
     conflicts: ClassVar[dict[str, str]] = {}
     needs: ClassVar[tuple[str, ...]] = ()
+    switch: ClassVar[str] = ""
     page: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
@@ -140,6 +142,13 @@ class Feature:
 
     def check(self, flags: Any, run: RunShape) -> Iterator[Problem]:
         """Every violated rule of this feature; called only when it is on."""
+        return iter(())
+
+    def check_off(self, flags: Any, run: RunShape) -> Iterator[Problem]:
+        """Rules that hold while this feature is off: its flags that must not be dropped, host flags it alone can honour.
+
+        Own flags without a rule here are told to the user as having no effect (`mindspeed.patching.idle`).
+        """
         return iter(())
 
     def patches(self, flags: Any, host: Host) -> Iterator[Patch]:

@@ -44,6 +44,7 @@ class FlagSpec:
     metavar: str | None = None
     is_switch: bool = False
     is_many: bool = False
+    of_host: bool = False
 
     def add_to(self, parser: argparse._ActionsContainer) -> None:
         """Add this flag to an argparse parser or group (help shows the default)."""
@@ -84,6 +85,7 @@ def flag(
     aliases: Sequence[str] = (),
     metavar: str | None = None,
     parse: Callable[[str], Any] | None = None,
+    of_host: bool = False,
 ) -> Any:
     """Declare a flag as a dataclass field; the option name is the field name with dashes unless given.
 
@@ -93,6 +95,7 @@ def flag(
         choices, at_least, at_most: checked for the command line, YAML and Python callers alike.
         aliases: further option strings with the same meaning.
         parse: converts the text of a value; by default the field's type.
+        of_host: the host has this flag too and acts on it, whether the feature is on or off.
     """
     if not help.strip():
         raise TypeError("flag() needs a sentence that explains it")
@@ -105,6 +108,7 @@ def flag(
         "aliases": tuple(aliases),
         "metavar": metavar,
         "parse": parse,
+        "of_host": of_host,
     }
     return dataclasses.field(default=default, metadata={_METADATA_KEY: metadata})
 

@@ -9,7 +9,7 @@ import logging as python_logging
 import os
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -21,6 +21,7 @@ from mindspeed.host.megatron_defaults import HostDefaults
 from mindspeed.host.trainer import TrainerHost
 from mindspeed.patching import activation
 from mindspeed.patching.discovery import all_features
+from mindspeed.patching.feature import Feature
 from mindspeed.runtime import revert, start
 from mindspeed.training import session as sessions
 from mindspeed.training.arguments import ArgumentsProvider, parse_args
@@ -53,7 +54,7 @@ def settle_arguments(
     runtime = start(host, (HostDefaults(), *all_features()))
     try:
         active = runtime.settle(args, args.given_flags)
-        changes = _validate(args, active)
+        changes = _validate(args, active, runtime.features)
         active = activation.check(runtime.features, args, platform=runtime.platform.name, given=args.given_flags)
         runtime.activate(active, announce=args.rank == 0)
     except BaseException:
@@ -66,7 +67,7 @@ def settle_arguments(
     return host
 
 
-def _validate(args: argparse.Namespace, active: list[activation.Active]) -> list[str]:
+def _validate(args: argparse.Namespace, active: list[activation.Active], features: Iterable[Feature]) -> list[str]:
     """Derive and check the trainer's own arguments while features hide what it must not see."""
     from mindspeed.training import derive, validation
 
@@ -77,7 +78,7 @@ def _validate(args: argparse.Namespace, active: list[activation.Active]) -> list
     if problems and not validation.is_complete(args):
         raise ConfigError(problems)
     if problems:  # the features' problems belong into the same report
-        activation.check([one.feature for one in active], args, given=args.given_flags, more=problems)
+        activation.check(features, args, given=args.given_flags, more=problems)
     return changes
 
 

@@ -9,9 +9,11 @@ from mindspeed.errors import ConfigError, TargetError
 from mindspeed.host.events import Events
 from mindspeed.patching import Change, Feature, Problem, flag, wrap
 from mindspeed.patching import activation as steps
+from mindspeed.patching.idle import idle_flags
 from mindspeed.patching.ledger import Ledger
 from mindspeed.patching.overview import show
 from mindspeed.patching.resolve import load
+from mindspeed.runtime import enabled
 from tests.patching.conftest import TOY
 
 
@@ -286,3 +288,63 @@ def test_failed_activation_leaves_no_subscription(toy):
     with pytest.raises(TargetError):
         steps.activate(check(host.args, (*FEATURES, Failing())), host, ledger)
     assert not host.events.wanted("step_end") and len(ledger) == 0
+
+
+# --- flags of features that are off -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingFlags:
+    window: int = flag(1, "Ranks per window.")
+    positions: str = flag("none", "The host's own flag.", choices=("none", "slopes"), of_host=True)
+    must: bool = flag(False, "Cannot be dropped.")
+
+
+class Ring(Feature):
+    """On when the host's own flag says so, with flags of its own."""
+
+    flags = RingFlags
+    switch = "--context-parallel-size above 1"
+
+    def why(self, flags, run):
+        return "--context-parallel-size 2" if run.context_parallel_size > 1 else ""
+
+    def check_off(self, flags, run):
+        if flags.must:
+            yield Problem("--must", None, "needs --context-parallel-size above 1", "remove it")
+
+
+def idle(namespace, *features):
+    return [str(one) for one in idle_flags(features, steps.choose(features, namespace, platform="cpu"), namespace)]
+
+
+def test_a_flag_of_a_feature_that_is_off_is_told():
+    line = "--window 4 has no effect because the feature ring is off; it needs --context-parallel-size above 1"
+    assert idle(args(window=4, positions="slopes"), Ring(), Always()) == [line]
+    assert idle(args(window=1), Ring()) == [] and idle(args(window=4, context_parallel_size=2), Ring()) == []
+
+
+def test_a_flag_that_another_feature_reads_is_not_idle():
+    class Other(Feature):
+        """Reads the same flags, and is on."""
+
+        flags, level = RingFlags, 0
+
+    assert idle(args(window=4), Ring(), Other()) == []
+
+
+def test_a_feature_that_is_off_may_refuse_its_flags():
+    assert check(args(window=4), (Ring(),)) == []
+    (problem,) = problems_of(args(must=True), (Ring(),))
+    assert problem == "--must: needs --context-parallel-size above 1. Remove it."
+    assert names(check(args(must=True, context_parallel_size=2), (Ring(),))) == ["ring"]
+
+
+def test_the_runtime_logs_idle_flags(caplog):
+    with enabled(cp_window_size=2, attention_mask_type="general", position_embedding_type="rope"):
+        pass
+    told = [record.message for record in caplog.records if "no effect" in record.message]
+    assert told == [
+        "--attention-mask-type general has no effect because the feature context-parallel is off; it needs --context-parallel-size above 1",
+        "--cp-window-size 2 has no effect because the feature context-parallel is off; it needs --context-parallel-size above 1",
+    ]
