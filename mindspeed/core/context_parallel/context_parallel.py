@@ -48,6 +48,7 @@ class ContextParallel(Feature):
 
     flags = ContextParallelFlags
     needs = ("flash-attention",)
+    switch = "--context-parallel-size above 1"
 
     def why(self, flags: ContextParallelFlags, run: RunShape) -> str:
         """`--context-parallel-size` above 1."""
@@ -72,6 +73,13 @@ class ContextParallel(Feature):
         yield from _window_rules(flags, run)
         yield from _host_rules(flags, run)
         _hints(flags, run)
+
+    def check_off(self, flags: ContextParallelFlags, run: RunShape) -> Iterator[Problem]:
+        """The host refuses its own flag without us, in an assertion about Transformer Engine."""
+        _old_names(run)
+        if (run.get("context_parallel_size") or 1) > 1:
+            rule = f"needs --optimization-level 2 (given {run.get('optimization_level')})"
+            yield Problem("--context-parallel-size", run.context_parallel_size, rule, "give it, or use size 1")
 
 
 def _comm_type(run: RunShape) -> str | None:
@@ -191,6 +199,10 @@ def _hints(flags: ContextParallelFlags, run: RunShape) -> None:
         warn_once("--use-fused-ring-attention-update has no effect with %s", algorithm)
     if flags.megatron_cp_in_bnsd and run.platform != "npu":
         log_once("--megatron-cp-in-bnsd concerns the NPU kernel; nothing changes on %s", run.platform)
+    _old_names(run)
+
+
+def _old_names(run: RunShape) -> None:
     if "shape_order" in run.given:
         warn_once("--shape-order is accepted for old scripts and has no effect")
 

@@ -54,10 +54,8 @@ def test_a_sound_run_is_accepted():
 ULYSSES, HYBRID = {"context_parallel_algo": "ulysses_cp_algo"}, {"context_parallel_algo": "hybrid_cp_algo"}
 POLICY = {"context_parallel_kv_cache_policy": "full"}
 BAD = {
-    "level": (
-        dict(optimization_level=1, cp_window_size=2, context_parallel_kv_cache_policy="full"),
-        "needs --optimization-level 2",
-    ),
+    "level": (dict(optimization_level=1), "--context-parallel-size 4: needs --optimization-level 2 (given 1)"),
+    "level of a policy": (dict(optimization_level=1, **POLICY), "-policy full: needs --optimization-level 2"),
     "length zigzag": (
         dict(seq_length=60),
         "must be a multiple of 2 x --context-parallel-size = 8 for megatron_cp_algo. Use 56 or 64",

@@ -47,7 +47,7 @@ EMBEDDINGS = ("learned_absolute", "rope", "mrope", "relative", "none", "alibi")
 class AlibiFlags:
     """Flags of `Alibi`."""
 
-    position_embedding_type: str = flag("learned_absolute", "How positions enter the model.", choices=EMBEDDINGS)
+    position_embedding_type: str = flag("learned_absolute", "How positions enter the model.", choices=EMBEDDINGS, of_host=True)
     alibi_fusion_attn_type: int | None = flag(
         None, "ALiBi penalty: 0 and 2 slope x distance, 3 slope x square root of the distance; 2 by default."
     )
@@ -63,6 +63,7 @@ class Alibi(Feature):
 
     flags = AlibiFlags
     needs = ("flash-attention",)
+    switch = "--position-embedding-type alibi"
 
     def why(self, flags: AlibiFlags, run: RunShape) -> str:
         """`--position-embedding-type alibi`."""

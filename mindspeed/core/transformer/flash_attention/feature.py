@@ -40,6 +40,7 @@ class FlashAttention(Feature):
     """Compute core attention with a fused kernel, without a tensor of all scores."""
 
     flags = FlashFlags
+    switch = "--use-flash-attn, or something that implies it"
 
     def why(self, flags: FlashFlags, run: RunShape) -> str:
         """`--use-flash-attn`, or what needs it."""
