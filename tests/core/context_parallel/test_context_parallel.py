@@ -199,7 +199,8 @@ def test_layers_are_counted_over_the_whole_model():
         **plan_arguments("megatron_cp_algo", 2, context_parallel_kv_cache_policy="full", context_parallel_cache_interval=1)
     )
     object.__setattr__(run, "layer_offset", lambda config: config.before)
-    module, given = SimpleNamespace(), SimpleNamespace(context_parallel_size=2, before=3)
+    module = SimpleNamespace(attn_mask_type=SimpleNamespace(name="causal"), attention_type="self")
+    given = SimpleNamespace(context_parallel_size=2, before=3)
 
     def original(module, config, layer_number):
         assert config.context_parallel_size == 1 and config is not given

@@ -6,6 +6,7 @@ tests of their features, which name the row. The others are here.
 
 import argparse
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from mindspeed.core.context_parallel.ulysses_context_parallel.ulysses_context_pa
     UlyssesContextAttention,
 )
 from mindspeed.core.transformer.flash_attention.feature import FlashFlags
+from mindspeed.errors import ConfigError
 from mindspeed.patching import RunShape
 from mindspeed.patching.flags import read_flags
 from mindspeed.testing import count_communication, ranks
@@ -39,13 +41,41 @@ def test_row_1_causal_comes_from_the_layer_not_from_the_data_set():
 
 @ranks(2)
 def test_rows_2_and_3_the_type_of_a_layer_is_never_overruled(world):
-    """`general` shows a causal layer no future, and `causal` hides none from a layer that sees all."""
-    for mask_type in ("general", "causal"):
-        for kind, future in (("causal", 0), ("no_mask", None), ("padding", None)):
+    """`general` shows a causal layer no future; `causal` is refused for a layer that sees all."""
+    for kind, future in (("causal", 0), ("no_mask", None), ("padding", None)):
+        for mask_type in ("general", "causal"):
             run = run_of(group=world.group, **plan_arguments(RING, 2, attention_mask_type=mask_type))
             layout = run.attention.maker.plan.layout(S, future=future)
-            assert_parity(attention_of(run, layer(kind)), layout, world.rank)
+            if future is None and mask_type == "causal":
+                with pytest.raises(ConfigError, match=f"a layer of type {kind} sees the future.*general"):
+                    attention_of(run, layer(kind))(*[torch.randn(1, 4, S // 2, 4) for _ in range(3)])
+            else:
+                assert_parity(attention_of(run, layer(kind)), layout, world.rank)
             run.groups.drop()
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention", "words"),
+    [
+        ("padding", "self", "--attention-mask-type causal: a layer of type padding sees the future"),
+        ("no_mask", "self", "--attention-mask-type causal: a layer of type no_mask sees the future"),
+        ("causal", "cross", "--context-parallel-size 2: a layer of cross attention has other keys than queries"),
+    ],
+)
+def test_row_3_layers_that_cannot_be_shared_out_are_refused_when_they_are_built(kind, attention, words):
+    run, built = run_of(**plan_arguments(ULYSSES, 2)), SimpleNamespace()
+
+    def original(module, config, layer_number, attn_mask_type, attention_type):
+        module.layer_number, module.attn_mask_type, module.attention_type = layer_number, attn_mask_type, attention_type
+
+    config = SimpleNamespace(context_parallel_size=2)
+    general = run_of(**plan_arguments(ULYSSES, 2, attention_mask_type="general"))
+    for one in (run, general):
+        object.__setattr__(one, "layer_offset", lambda config: 0)
+    with pytest.raises(ConfigError, match=words):
+        run._build(original, built, config, 1, SimpleNamespace(name=kind), attention)
+    run._build(original, built, config, 1, SimpleNamespace(name="causal"), "self")
+    general._build(original, built, config, 1, SimpleNamespace(name="padding"), "self")
 
 
 def test_row_5_a_given_band_binds_causal_layers():

@@ -22,6 +22,7 @@ from mindspeed.core.context_parallel.maker import LayoutMaker
 from mindspeed.core.context_parallel.packed import packed_layout
 from mindspeed.core.context_parallel.scope import current_layout
 from mindspeed.core.context_parallel.work import AttentionOptions
+from mindspeed.errors import ConfigError, Problem
 
 CAUSAL_TYPES = ("causal", "padding_causal")
 
@@ -95,6 +96,8 @@ class CoreAttention:
         if layout is None or layout.length != length:
             layout = self.maker.layout(length)
         name = (attn_mask_type if attn_mask_type is not None else module.attn_mask_type).name
+        if packed is None:  # packed sequences of any type keep to a placement of their own
+            self.check_type(name)
         if layout.rounds is not None and name not in CAUSAL_TYPES and not self.maker.has_mask():
             raise ValueError(
                 f"--context-parallel-algo {self.maker.plan.algorithm} needs a mask with structure; a layer of type {name} without "
@@ -106,11 +109,28 @@ class CoreAttention:
             return layout
         if attention_mask is not None:
             _check_mask("attention_mask", attention_mask, length, query.shape[1])
+            if self.maker.plan.size > 1 and self.maker.plan.mask_type == "causal":
+                raise ValueError("attention_mask: a mask that is passed to a layer needs --attention-mask-type general")
             return replace(layout, custom_mask=attention_mask)
         if self.mask_required:
             raise ValueError("--sparse-mode 1 needs a mask: call set_attention_mask before the step, or use --sparse-mode 0")
         past, future = self.maker.band.limits(name in CAUSAL_TYPES)
         return replace(layout, past=past, future=future)
+
+    def check_type(self, name: str, attention: str = "self") -> None:
+        """Whether layers of this mask type can be shared out as the run says; asked when a layer is built, and at each call.
+
+        Raises:
+            ConfigError: cross attention, or a layer that sees the future beside the sharding of causal ones.
+        """
+        plan = self.maker.plan
+        if plan.size > 1 and attention != "self":
+            rule = f"a layer of {attention} attention has other keys than queries, which context parallelism does not share out"
+            raise ConfigError([Problem("--context-parallel-size", plan.size, rule, "use size 1 for this model")])
+        if plan.size > 1 and plan.mask_type == "causal" and name not in CAUSAL_TYPES:
+            rule = f"a layer of type {name} sees the future, and the sharding is that of causal layers"
+            fix = "use --attention-mask-type general"
+            raise ConfigError([Problem("--attention-mask-type", "causal", rule, fix)])
 
     def _packed_layout(self, length: int, packed: Any) -> SequenceLayout:
         """Layout of a packed batch, checked against what its parameters say.

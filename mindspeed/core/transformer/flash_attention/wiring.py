@@ -115,6 +115,7 @@ class Wiring:
 
     def _build(self, original: Original, module: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         build_attention(original, module, config, *args, **kwargs)
+        self.attention.check_type(module.attn_mask_type.name, module.attention_type)
         module.global_layer_number = module.layer_number + self.layer_offset(config)
 
     def _packed_rotary(
