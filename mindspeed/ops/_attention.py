@@ -267,7 +267,7 @@ class _FusionAttention(torch.autograd.Function):
             return (None,) * 20
         query, key, value, pse, atten_mask, out, top, total, rng = ctx.saved_tensors
         before, after = ctx.options
-        need_dpse = ctx.needs_input_grad[5]
+        need_dpse = ctx.needs_input_grad[5] and pse.dim() == 4  # slopes get no gradient
         grads = torch.ops.mindspeed.fusion_attention_backward(
             dout, query, key, value, out, top, total, need_dpse, *before, pse, atten_mask, *after, rng
         )

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from mindspeed.ops import _attention_flash, _checks  # noqa: F401  (_attention_flash registers a body)
-from mindspeed.ops._attention import random_state, statistics_shape
+from mindspeed.ops._attention import out_shape, random_state, statistics_shape
 from mindspeed.ops._attention_scores import COMPRESSED_ROWS, LIMIT, Options, strip
 from mindspeed.ops._softmax_statistics import block_index, lengths_of, to_blocks, to_tokens
 
-OP = "npu_fusion_attention"
+OP, GRAD = "npu_fusion_attention", "npu_fusion_attention_grad"
 LAYOUTS = ("BSH", "SBH", "BSND", "BNSD", "TND")
 
 
@@ -52,6 +52,7 @@ def npu_fusion_attention(
     nothing gives 0, minus infinity and 0. Differentiable in query, key, value and pse (types 0 and 1).
     """
     options = _options(
+        OP,
         query,
         key,
         value,
@@ -115,6 +116,7 @@ def npu_fusion_attention_grad(
     the whole set, restricted to these keys.
     """
     options = _options(
+        GRAD,
         query,
         key,
         value,
@@ -129,11 +131,7 @@ def npu_fusion_attention_grad(
         pse_type,
         (q_start_idx, kv_start_idx),
     )
-    for name, tensor in (("softmax_max", softmax_max), ("softmax_sum", softmax_sum), ("attention_in", attention_in)):
-        _checks.tensor(f"{OP}_grad", name, tensor)
-    expected = statistics_shape(query, Options(*options, None))
-    _checks.shape(f"{OP}_grad", "softmax_max", softmax_max, expected)
-    _checks.shape(f"{OP}_grad", "softmax_sum", softmax_sum, expected)
+    _check_results(query, key, value, grad_outputs, softmax_max, softmax_sum, attention_in, Options(*options, None))
     if options[1] == "TND":
         index = block_index(lengths_of(options[10], query.device), *softmax_max.shape[:2])
         softmax_max, softmax_sum = to_tokens(softmax_max, index), to_tokens(softmax_sum, index)
@@ -145,7 +143,36 @@ def npu_fusion_attention_grad(
     return dq, dk, dv, dpse if need_dpse else None
 
 
+def _check_results(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_outputs: Tensor,
+    softmax_max: Tensor,
+    softmax_sum: Tensor,
+    attention_in: Tensor,
+    options: Options,
+) -> None:
+    """Check what `npu_fusion_attention_grad` gets from the forward and from behind."""
+    for name, tensor in (("grad_outputs", grad_outputs), ("attention_in", attention_in)):
+        _checks.tensor(GRAD, name, tensor)
+        _checks.dtype_of(GRAD, name, tensor, query.dtype)
+        _checks.shape(GRAD, name, tensor, out_shape(query, key, value, options))
+    for name, tensor in (("softmax_max", softmax_max), ("softmax_sum", softmax_sum)):
+        _checks.tensor(GRAD, name, tensor, (torch.float32, torch.float64))
+        _checks.shape(GRAD, name, tensor, statistics_shape(query, options))
+    _checks.same_device(
+        GRAD,
+        query=query,
+        grad_outputs=grad_outputs,
+        attention_in=attention_in,
+        softmax_max=softmax_max,
+        softmax_sum=softmax_sum,
+    )
+
+
 def _options(
+    op: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -161,101 +188,113 @@ def _options(
     starts: tuple[Sequence[int] | None, ...],
 ) -> tuple:
     """Check everything and return the operator's arguments after value, without the random state."""
-    _checks.tensor(OP, "query", query)
+    _checks.tensor(op, "query", query)
     for name, tensor in (("key", key), ("value", value)):
-        _checks.tensor(OP, name, tensor)
-        _checks.dtype_of(OP, name, tensor, query.dtype)
-    _checks.same_device(OP, query=query, key=key, value=value, pse=pse, atten_mask=atten_mask)
-    layout = layout.upper()
-    _checks.option(OP, "input_layout", layout, LAYOUTS)
-    _checks.require(OP, "padding_mask", padding_mask is None, "must be None", "a tensor")
-    _checks.require(OP, "keep_prob", 0.0 < numbers[1] <= 1.0, "must lie in (0, 1]", numbers[1])
-    _checks.option(OP, "pse_type", pse_type, (0, 1, 2, 3))
-    _checks.option(OP, "sparse_mode", sparse_mode, (0, 1, 2, 3, 4, 6, 7, 8) if layout == "TND" else range(7))
+        _checks.tensor(op, name, tensor)
+        _checks.dtype_of(op, name, tensor, query.dtype)
+    _checks.same_device(op, query=query, key=key, value=value, pse=pse, atten_mask=atten_mask)
+    layout = layout.upper() if isinstance(layout, str) else layout
+    _checks.option(op, "input_layout", layout, LAYOUTS)
+    _checks.require(op, "padding_mask", padding_mask is None, "must be None", "a tensor")
+    _checks.require(op, "keep_prob", 0.0 < numbers[1] <= 1.0, "must lie in (0, 1]", numbers[1])
+    _checks.option(op, "pse_type", pse_type, (0, 1, 2, 3))
+    _checks.option(op, "sparse_mode", sparse_mode, (0, 1, 2, 3, 4, 6, 7, 8) if layout == "TND" else range(7))
     lists = tuple(None if values is None else [int(v) for v in values] for values in lists)
     starts = tuple(None if values is None else [int(v) for v in values] for values in starts)
-    batch, queries, keys = _check_shapes(query, key, value, head_num, layout, lists[1], lists[2])
+    batch, queries, keys = _check_shapes(op, query, key, value, head_num, layout, lists[1], lists[2])
     if atten_mask is not None:
-        _check_mask(atten_mask, sparse_mode, batch, head_num, queries, keys)
+        _check_mask(op, atten_mask, sparse_mode, batch, head_num, queries, keys)
         if sparse_mode in (5, 6):
             given = lists[0]
             _checks.require(
-                OP, "prefix", given is not None and len(given) == batch, f"must have {batch} entries in mode 5 and 6", given
+                op, "prefix", given is not None and len(given) == batch, f"must have {batch} entries in mode 5 and 6", given
             )
     if pse is not None:
-        _checks.require(OP, "pse", sparse_mode not in (7, 8), "must be None in sparse modes 7 and 8", "a tensor")
-        _check_pse(pse, pse_type, query.dtype, batch, head_num, queries, keys)
+        _checks.require(op, "pse", sparse_mode not in (7, 8), "must be None in sparse modes 7 and 8", "a tensor")
+        _check_pse(op, pse, pse_type, query.dtype, batch, head_num, queries, keys)
     return head_num, layout, pse, atten_mask, *numbers, *lists, sparse_mode, pse_type, *starts
 
 
 def _check_shapes(
-    query: Tensor, key: Tensor, value: Tensor, head_num: int, layout: str, q_ends: list[int] | None, k_ends: list[int] | None
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_num: int,
+    layout: str,
+    q_ends: list[int] | None,
+    k_ends: list[int] | None,
 ) -> tuple[int, int, int]:
     """Check the three shapes; returns batch size, query and key positions (TND: of the longest sequence)."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _checks.tensor(OP, name, tensor, ndim=4 if layout in ("BSND", "BNSD") else 3)
-    _checks.require(OP, "head_num", head_num > 0, "must be positive", head_num)
+        _checks.tensor(op, name, tensor, ndim=4 if layout in ("BSND", "BNSD") else 3)
+    _checks.require(op, "head_num", head_num > 0, "must be positive", head_num)
     if layout in ("BSH", "SBH"):
         _checks.require(
-            OP, "head_num", query.shape[-1] % head_num == 0, f"must divide the hidden size {query.shape[-1]}", head_num
+            op, "head_num", query.shape[-1] % head_num == 0, f"must divide the hidden size {query.shape[-1]}", head_num
         )
         size = query.shape[-1] // head_num
-        _checks.require(OP, "key", key.shape[-1] % size == 0, f"must have a hidden size divisible by {size}", tuple(key.shape))
+        _checks.require(op, "query", size > 0, "must have a hidden size above 0", tuple(query.shape))
+        _checks.require(op, "key", key.shape[-1] % size == 0, f"must have a hidden size divisible by {size}", tuple(key.shape))
         kv_heads = key.shape[-1] // size
     else:
         axis = 1 if layout in ("BNSD", "TND") else 2
-        _checks.require(OP, "query", query.shape[axis] == head_num, f"must have {head_num} heads", tuple(query.shape))
-        _checks.require(OP, "key", key.shape[-1] == query.shape[-1], "must have the head size of query", tuple(key.shape))
+        _checks.require(op, "query", query.shape[axis] == head_num, f"must have {head_num} heads", tuple(query.shape))
+        _checks.require(op, "key", key.shape[-1] == query.shape[-1], "must have the head size of query", tuple(key.shape))
         kv_heads = key.shape[axis]
-        _checks.require(OP, "value", value.shape[axis] == kv_heads, f"must have {kv_heads} heads like key", tuple(value.shape))
+        _checks.require(op, "value", value.shape[axis] == kv_heads, f"must have {kv_heads} heads like key", tuple(value.shape))
     _checks.require(
-        OP, "head_num", kv_heads > 0 and head_num % kv_heads == 0, f"must be a multiple of the {kv_heads} key heads", head_num
+        op, "head_num", kv_heads > 0 and head_num % kv_heads == 0, f"must be a multiple of the {kv_heads} key heads", head_num
     )
-    _checks.shape(OP, "value", value, (*key.shape[:-1], value.shape[-1]))
+    _checks.shape(op, "value", value, (*key.shape[:-1], value.shape[-1]))
     if layout == "TND":
-        return _check_lengths(query, key, q_ends, k_ends)
+        return _check_lengths(op, query, key, q_ends, k_ends)
     batch_axis, sequence_axis = {"BSH": (0, 1), "BSND": (0, 1), "SBH": (1, 0), "BNSD": (0, 2)}[layout]
     same = key.shape[batch_axis] == query.shape[batch_axis]
-    _checks.require(OP, "key", same, f"must have batch size {query.shape[batch_axis]}", tuple(key.shape))
+    _checks.require(op, "key", same, f"must have batch size {query.shape[batch_axis]}", tuple(key.shape))
     return query.shape[batch_axis], query.shape[sequence_axis], key.shape[sequence_axis]
 
 
-def _check_lengths(query: Tensor, key: Tensor, q_ends: list[int] | None, k_ends: list[int] | None) -> tuple[int, int, int]:
+def _check_lengths(
+    op: str, query: Tensor, key: Tensor, q_ends: list[int] | None, k_ends: list[int] | None
+) -> tuple[int, int, int]:
     longest = []
     for name, ends, tensor in (("actual_seq_qlen", q_ends, query), ("actual_seq_kvlen", k_ends, key)):
-        _checks.require(OP, name, bool(ends), "must hold cumulative ends for layout TND", ends)
+        _checks.require(op, name, bool(ends), "must hold cumulative ends for layout TND", ends)
         used = strip(ends)
         ordered = all(start <= end for start, end in zip([0, *used[:-1]], used, strict=bool(used)))
         _checks.require(
-            OP, name, ordered and (used or [0])[-1] <= tensor.shape[0], f"must rise to at most {tensor.shape[0]}", ends
+            op, name, ordered and (used or [0])[-1] <= tensor.shape[0], f"must rise to at most {tensor.shape[0]}", ends
         )
-        longest.append(max((end - start for start, end in zip([0, *used[:-1]], used, strict=bool(used))), default=0))
-    _checks.require(OP, "actual_seq_kvlen", len(q_ends) == len(k_ends), f"must have {len(q_ends)} entries", len(k_ends))
+        longest.append(max([0, *(end - start for start, end in zip([0, *used[:-1]], used, strict=bool(used)))]))
+    _checks.require(op, "actual_seq_kvlen", len(q_ends) == len(k_ends), f"must have {len(q_ends)} entries", len(k_ends))
     return len(strip(q_ends)), *longest
 
 
-def _check_mask(mask: Tensor, mode: int, batch: int, heads: int, queries: int, keys: int) -> None:
-    _checks.tensor(OP, "atten_mask", mask, (torch.bool, torch.uint8))
+def _check_mask(op: str, mask: Tensor, mode: int, batch: int, heads: int, queries: int, keys: int) -> None:
+    _checks.tensor(op, "atten_mask", mask, (torch.bool, torch.uint8))
     if mode not in (0, 1):
         return  # a constant pattern, of which only the mode matters
     sizes = tuple(mask.shape)
     fits = len(sizes) in (2, 4) and sizes[-2] >= queries and sizes[-1] >= keys
     if len(sizes) == 4:
         fits = fits and sizes[0] in (1, batch) and sizes[1] in (1, heads)
-    _checks.require(OP, "atten_mask", fits, f"must be [Sq, Sk] or [B or 1, N or 1, Sq, Sk] for Sq {queries}, Sk {keys}", sizes)
+    _checks.require(op, "atten_mask", fits, f"must be [Sq, Sk] or [B or 1, N or 1, Sq, Sk] for Sq {queries}, Sk {keys}", sizes)
 
 
-def _check_pse(pse: Tensor, pse_type: int, dtype: torch.dtype, batch: int, heads: int, queries: int, keys: int) -> None:
+def _check_pse(
+    op: str, pse: Tensor, pse_type: int, dtype: torch.dtype, batch: int, heads: int, queries: int, keys: int
+) -> None:
     if pse_type in (2, 3):
-        _checks.tensor(OP, "pse", pse, (torch.float32,))
-        _checks.shape(OP, "pse", pse, (heads,), (batch, heads))
+        _checks.tensor(op, "pse", pse, (torch.float32,))
+        _checks.shape(op, "pse", pse, (heads,), (batch, heads))
         return
-    _checks.tensor(OP, "pse", pse, ndim=4)
-    _checks.dtype_of(OP, "pse", pse, dtype)
+    _checks.tensor(op, "pse", pse, ndim=4)
+    _checks.dtype_of(op, "pse", pse, dtype)
     rows_fit = pse.shape[2] in (1, queries) or (pse.shape[2] == COMPRESSED_ROWS and queries > COMPRESSED_ROWS)
     fits = pse.shape[0] in (1, batch) and pse.shape[1] == heads and rows_fit and pse.shape[3] == keys
     _checks.require(
-        OP,
+        op,
         "pse",
         fits,
         f"must be [B or 1, N, Sq, 1 or {COMPRESSED_ROWS}, Sk] for N {heads}, Sq {queries}, Sk {keys}",

@@ -71,12 +71,22 @@ def check_operator(operator: object, *samples: tuple) -> None:
 
 
 def assert_compiles(function: Callable, *inputs: object) -> None:
-    """The function traces without graph break under `aot_eager` and gives the same values and gradients."""
-    plain = _with_gradients(function, inputs, gradients=True, wide=False)
-    traced = _with_gradients(torch.compile(function, backend="aot_eager", fullgraph=True), inputs, gradients=True, wide=False)
+    """The function traces without graph break under `aot_eager` and gives the same values and gradients, also when called again.
+
+    All runs start from the same random state, so that dropout may be compared.
+    """
+
+    def run(function: Callable) -> dict[str, Tensor]:
+        torch.manual_seed(97)
+        return _with_gradients(function, inputs, gradients=True, wide=False)
+
+    plain = run(function)
     torch._dynamo.reset()
-    for name, value in plain.items():
-        torch.testing.assert_close(traced[name], value, msg=lambda text, name=name: f"{name}: {text}")
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        for name, value in run(compiled).items():
+            torch.testing.assert_close(value, plain[name], msg=lambda text, name=name: f"{name}: {text}")
+    torch._dynamo.reset()
 
 
 def kept_bytes(function: Callable[[], object]) -> int:
