@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from mindspeed.core.attention import CAUSAL, FULL, Dropout, Scoring, Visibility, attend, attend_backward, cuda_kernel
+from mindspeed.core.attention import CAUSAL, FULL, Dropout, Scoring, Visibility, attend, attend_backward
 from mindspeed.core.attention.cuda_kernel import EfficientKernel, FlashKernel, window
 from mindspeed.core.attention.dispatch import choose, kernels_for
+from mindspeed.ops import _aten_attention
+from tests.aten_stand_ins import stand_in
 from tests.core.attention.test_kernels import assert_near, dense, dense_gradients, inputs
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -20,102 +22,10 @@ TILES = {
 }
 
 
-class Stand:
-    """Stand-ins for aten's operators; `calls` records (name, arguments that matter)."""
-
-    def __init__(self):
-        self.calls = []
-
-    @staticmethod
-    def scores(q, k, scale, bias=None):
-        repeats = q.shape[1] // k.shape[1]
-        scores = scale * q.float() @ k.repeat_interleave(repeats, 1).float().transpose(-1, -2)
-        return scores if bias is None else scores + bias.float()
-
-    @staticmethod
-    def hidden(queries, keys, left, right):
-        """Flash attention aligns windows at the lower right corner; a negative side has no limit."""
-        distance = torch.arange(keys)[None] - torch.arange(queries)[:, None] - (keys - queries)
-        hidden = torch.zeros(queries, keys, dtype=torch.bool)
-        if left >= 0:
-            hidden |= distance < -left
-        if right >= 0:
-            hidden |= distance > right
-        return hidden
-
-    def flash_scores(self, q, k, is_causal, scale, left, right):
-        assert not (is_causal and q.shape[2] != k.shape[2])
-        right = 0 if is_causal else right
-        return self.scores(q, k, scale).masked_fill(self.hidden(q.shape[2], k.shape[2], left, right), float("-inf"))
-
-    def flash(
-        self, q, k, v, ends_q, ends_k, max_q, max_k, p, is_causal, debug, *, scale, window_size_left=-1, window_size_right=-1
-    ):
-        assert (ends_q, ends_k, debug) == (None, None, False) and (max_q, max_k) == (q.shape[1], k.shape[1])
-        assert q.shape[-1] == k.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0
-        assert all(tensor.stride(-1) == 1 for tensor in (q, k, v))
-        self.calls.append(("flash", is_causal, window_size_left, window_size_right, p))
-        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        scores = self.flash_scores(q, k, is_causal, scale, window_size_left, window_size_right)
-        lse = scores.logsumexp(-1)
-        out = scores.softmax(-1).nan_to_num(0.0) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1).float()
-        lse = lse.masked_fill(torch.isinf(lse), float("inf"))  # its sign for rows without keys
-        state = torch.tensor([torch.initial_seed(), 0], dtype=torch.uint64), torch.empty(0, dtype=torch.uint64)
-        return out.to(q.dtype).transpose(1, 2), lse, *state, torch.empty(0)
-
-    def flash_backward(self, grad, q, k, v, out, lse, ends_q, ends_k, max_q, max_k, p, is_causal, rng, unused, *, scale,
-                       window_size_left=-1, window_size_right=-1):  # fmt: skip
-        assert torch.isfinite(lse).all() and lse.dtype == FP32 and lse.is_contiguous() and out.dtype == grad.dtype == q.dtype
-        assert rng.dtype == torch.uint64
-        self.calls.append(("flash_backward", is_causal, window_size_left, window_size_right, p))
-        grad, q, k, v, out = (tensor.transpose(1, 2) for tensor in (grad, q, k, v, out))
-        scores = self.flash_scores(q, k, is_causal, scale, window_size_left, window_size_right)
-        return tuple(value.transpose(1, 2) for value in self.gradients(grad, q, k, v, out, lse, scores, scale))
-
-    @staticmethod
-    def gradients(grad, q, k, v, out, lse, scores, scale):
-        repeats = q.shape[1] // k.shape[1]
-        weights = (scores - lse.unsqueeze(-1)).exp()
-        values, keys = (tensor.repeat_interleave(repeats, 1).float() for tensor in (v, k))
-        delta = (grad.float() * out.float()).sum(-1, keepdim=True)
-        grad_scores = weights * (grad.float() @ values.transpose(-1, -2) - delta) * scale
-        dk, dv = grad_scores.transpose(-1, -2) @ q.float(), weights.transpose(-1, -2) @ grad.float()
-        dk, dv = (value.unflatten(1, (-1, repeats)).sum(2) for value in (dk, dv))
-        return [value.to(q.dtype) for value in (grad_scores @ keys, dk, dv)]
-
-    def efficient_scores(self, q, k, bias, is_causal, scale):
-        assert q.shape[1] == k.shape[1] and q.shape[-1] % 8 == 0
-        if bias is not None:
-            assert bias.shape == (*q.shape[:3], k.shape[2]) and bias.dtype == q.dtype
-            assert bias.stride(-1) == 1 and all(stride % 16 == 0 for stride in bias.stride()[:-1])
-        scores = self.scores(q, k, scale, bias)
-        return scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), float("-inf")) if is_causal else scores
-
-    def efficient(self, q, k, v, bias, compute_log_sumexp, p=0.0, is_causal=False, *, scale=None):
-        assert compute_log_sumexp and v.shape[-1] % 8 == 0
-        self.calls.append(("efficient", bias is not None, is_causal, p))
-        scores = self.efficient_scores(q, k, bias, is_causal, scale)
-        lse = torch.full((*q.shape[:2], q.shape[2] + -q.shape[2] % 32), float("inf"))
-        lse[..., : q.shape[2]] = scores.logsumexp(-1).nan_to_num(neginf=0.0)
-        state = torch.tensor(torch.initial_seed()), torch.tensor(0)
-        return (scores.softmax(-1) @ v.float()).to(q.dtype), lse, *state  # NaN for rows without keys
-
-    def efficient_backward(self, grad, q, k, v, bias, out, lse, seed, offset, p, wanted, is_causal=False, *, scale=None):
-        assert lse.shape[-1] == q.shape[2] + -q.shape[2] % 32 and torch.isfinite(lse).all()
-        assert wanted == [True, True, True, False] and out.dtype == grad.dtype == q.dtype
-        self.calls.append(("efficient_backward", bias is not None, is_causal, p))
-        scores = self.efficient_scores(q, k, bias, is_causal, scale)
-        return *self.gradients(grad, q, k, v, out, lse[..., : q.shape[2]], scores, scale), None
-
-
 @pytest.fixture
 def stand(monkeypatch):
-    """Kernels on stand-ins and a machine of compute capability 9.0."""
-    found = Stand()
-    for name in ("flash", "flash_backward", "efficient", "efficient_backward"):
-        monkeypatch.setattr(cuda_kernel, f"_{name}", getattr(found, name))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    return found
+    """Kernels on stand-ins for aten's operators and a machine of compute capability 9.0."""
+    yield from stand_in(monkeypatch)
 
 
 def check(kernel, q, k, v, scoring, dtype):
@@ -151,7 +61,7 @@ def test_flash_arguments_mean_the_tile(stand, tile, groups, value_dim):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("tile", TILES)
 def test_efficient_arguments_mean_the_tile(stand, monkeypatch, tile, dtype, with_bias):
-    monkeypatch.setattr(cuda_kernel, "ROWS", 16)
+    monkeypatch.setattr(_aten_attention, "ROWS", 32)
     queries, keys, visible = TILES[tile]
     q, k, v = inputs(queries, keys, groups=2, dim=20, value_dim=12, dtype=dtype)
     bias = torch.randn(1, 4, queries, keys, generator=torch.Generator().manual_seed(2)).to(dtype).float()
