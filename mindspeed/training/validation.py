@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from mindspeed.errors import DataError, Problem
 from mindspeed.training.flag_table import every_flag
@@ -339,9 +340,18 @@ def _tokenizer(args: argparse.Namespace) -> Iterator[Problem]:
     args.padded_vocab_size = padded_vocab_size(
         tokenizer.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
     )
+    yield from _end_of_document(args, tokenizer)
     if args.mock_data and args.tokenizer_type != "NullTokenizer" and tokenizer.vocab_size < MOCK_VOCABULARY:
         rule = f"mock documents hold ids up to {MOCK_VOCABULARY - 1}, this tokenizer has {tokenizer.vocab_size}"
         yield Problem("--mock-data", None, rule, f"use --tokenizer-type NullTokenizer --vocab-size {MOCK_VOCABULARY} or more")
+
+
+def _end_of_document(args: argparse.Namespace, tokenizer: Any) -> Iterator[Problem]:
+    """Flags about documents need a token that ends them; only a SentencePiece model can lack one here."""
+    for dest in ("reset_attention_mask", "reset_position_ids", "eod_mask_loss"):
+        if getattr(args, dest) and tokenizer.eod < 0:
+            rule = f"needs a token that ends a document, which {args.tokenizer_model} has not"
+            yield Problem("--" + dest.replace("_", "-"), None, rule, "choose another tokenizer or remove the flag")
 
 
 def _checkpoint(args: argparse.Namespace) -> Iterator[Problem]:

@@ -132,3 +132,15 @@ def test_derived_value(flags, dest, value):
     derive(args)
     problems(args)
     assert getattr(args, dest) == value
+
+
+def test_documents_need_a_tokenizer_that_ends_them(monkeypatch):
+    """A SentencePiece model may lack the token; it then answers -1."""
+    from types import SimpleNamespace
+
+    flags = f"{TINY} --reset-attention-mask --eod-mask-loss"
+    assert told(flags) == []
+    monkeypatch.setattr("mindspeed.training.validation.build_tokenizer", lambda args: SimpleNamespace(eod=-1, vocab_size=8192))
+    words = ": needs a token that ends a document, which None has not. Choose another tokenizer or remove the flag."
+    assert told(flags) == [f"--reset-attention-mask{words}", f"--eod-mask-loss{words}"]
+    assert told(TINY) == []

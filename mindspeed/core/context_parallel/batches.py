@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from mindspeed.core.context_parallel.documents import boundaries_of
 from mindspeed.core.context_parallel.groups import ContextGroups
 from mindspeed.core.context_parallel.layout import Boundaries, SequenceLayout, slice_batch
 from mindspeed.core.context_parallel.maker import LayoutMaker
@@ -36,14 +35,14 @@ class BatchLayouts:
 
     Attributes:
         maker, groups: how sequences are shared out.
-        eod: id of the end-of-document token when attention stays inside documents, else None; asked when needed.
+        documents: tokens [B, S] -> boundaries of their documents, when attention stays inside documents; else None.
         restart_positions: positions count from 0 in each document.
         tensor_group: tensor-parallel group, whose first rank alone reads data; asked when needed.
     """
 
     maker: LayoutMaker
     groups: ContextGroups
-    eod: Callable[[], int] | None = None
+    documents: Callable[[Tensor], Boundaries] | None = None
     restart_positions: bool = False
     tensor_group: Callable[[], ProcessGroup] | None = None
     _pending: _Pending = field(default_factory=_Pending)
@@ -54,13 +53,13 @@ class BatchLayouts:
         Args:
             batch: with `tokens` [b, S] on the group's first rank.
         """
-        if self.eod is None or self.tensor_group is None:
+        if self.documents is None or self.tensor_group is None:
             return
         group = self.tensor_group()
         shape = flat = None
         if dist.get_rank(group) == 0:
             assert batch is not None
-            boundaries = boundaries_of(batch["tokens"], self.eod())
+            boundaries = self.documents(batch["tokens"])
             shape, flat = [len(sample) for sample in boundaries], [end for sample in boundaries for end in sample]
         if dist.get_world_size(group) > 1:
             shape, flat = _broadcast_lists(group, shape, flat)
@@ -117,7 +116,7 @@ class BatchLayouts:
                 self.maker.plan.algorithm,
             )
         if layout is None and length is not None:
-            if self.eod is not None and not reads and self._pending.iterator is not None:
+            if self.documents is not None and not reads and self._pending.iterator is not None:
                 first = self.tensor_group is None or dist.get_rank(self.tensor_group()) == 0
                 self.note_documents(next(self._pending.iterator) if first else None)
                 layout = self._take_layout(length)

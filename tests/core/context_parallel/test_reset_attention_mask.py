@@ -1,14 +1,18 @@
 """Documents in packed samples: fused and split attention train as the host does with its dense masks."""
 
 import argparse
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from mindspeed.core.context_parallel.reset_attention_mask import ResetAttentionMask
+from mindspeed.core.context_parallel.documents import equal_documents
+from mindspeed.core.context_parallel.reset_attention_mask import ResetAttentionMask, ResetAttentionMaskFlags
 from mindspeed.core.transformer.flash_attention.generate_mask.generate_mask import set_attention_mask
-from mindspeed.patching import NoFlags, RunShape
+from mindspeed.errors import ConfigError
+from mindspeed.patching.activation import check
 from mindspeed.testing import ranks
 from tests.training.runs import TINY, assert_same_digits, seed_checkpoint, train
 
@@ -103,15 +107,90 @@ def test_four_ranks_train_as_dense_masks_do(world, layout, reference):
         assert_same_digits(curve, expected)
 
 
-def test_a_mask_beside_documents_is_refused():
-    run = RunShape(argparse.Namespace(reset_attention_mask=True, use_flash_attn=True), "cpu")
-    feature = ResetAttentionMask()
-    assert feature.why(NoFlags(), run) == "--reset-attention-mask" and list(feature.check(NoFlags(), run)) == []
-    set_attention_mask(torch.zeros(4, 4, dtype=torch.bool))
+@pytest.fixture(scope="module")
+def equal_parts(reference):
+    """Training with a mask that keeps 24 tokens together, set by the program: flags, size, curve."""
+    flags, size = f"{reference['rope'][0].replace(RESET, '--eod-mask-loss')} --use-flash-attn", 24
+    document = torch.arange(128) // size
+    set_attention_mask((document[:, None] != document) | torch.ones(128, 128, dtype=torch.bool).triu(1))
     try:
-        (problem,) = feature.check(NoFlags(), run)
-        assert "pick one" in problem.fix.lower()
+        curve = train(flags).curve
     finally:
         set_attention_mask(None)
-    off = RunShape(argparse.Namespace(reset_attention_mask=True, use_flash_attn=False), "cpu")
-    assert feature.why(NoFlags(), off) == ""
+    return flags, size, curve
+
+
+def test_documents_of_one_size_train_as_with_their_mask(equal_parts):
+    flags, size, expected = equal_parts
+    documents = f"{flags} --reset-attention-mask --fix-sub-seq-length {size}"
+    assert_same_digits(train(documents).curve, expected)
+    by_tokens = train(f"{flags} --reset-attention-mask").curve
+    assert by_tokens != expected
+
+
+@ranks(2, megatron=True)
+@pytest.mark.parametrize("layout", ["--context-parallel-size 2", "--pipeline-model-parallel-size 2"])
+def test_documents_of_one_size_on_two_ranks(world, layout, equal_parts):
+    flags, size, expected = equal_parts
+    curve = train(f"{flags} {layout} --reset-attention-mask --reset-position-ids --fix-sub-seq-length {size}").curve
+    if world.rank == world.size - 1:
+        assert_same_digits(curve, expected)  # rotary positions are relative: restarting them changes nothing
+
+
+def test_a_mask_beside_documents_is_refused():
+    run = argparse.Namespace(**FUSED)
+    assert check((ResetAttentionMask(),), run, platform="cpu")
+    set_attention_mask(torch.zeros(4, 4, dtype=torch.bool))
+    try:
+        with pytest.raises(ConfigError, match="--reset-attention-mask: a mask is set with set_attention_mask too. Pick one"):
+            check((ResetAttentionMask(),), run, platform="cpu")
+    finally:
+        set_attention_mask(None)
+
+
+FUSED = dict(reset_attention_mask=True, use_flash_attn=True, seq_length=128, create_attention_mask_in_dataloader=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(fix_sub_seq_length=-1), "--fix-sub-seq-length -1: must be at least 0"),
+        (dict(fix_sub_seq_length=129), "--fix-sub-seq-length 129: must not exceed --seq-length 128. Use 1 to 128"),
+        (dict(fix_sub_seq_length=8, reset_attention_mask=False), "--fix-sub-seq-length 8: needs --reset-attention-mask"),
+        (dict(fix_sub_seq_length=8, use_flash_attn=False), "--fix-sub-seq-length 8: needs flash attention"),
+        (dict(use_flash_attn=False), "--reset-attention-mask: needs flash attention, or masks from the data set"),
+        (dict(tokenizer_type="NullTokenizer"), "--reset-attention-mask: needs a tokenizer with an end-of-document token"),
+    ],
+)
+def test_what_cannot_keep_documents_apart_is_refused(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        check((ResetAttentionMask(),), argparse.Namespace(**{**FUSED, **changes}), platform="cpu")
+
+
+def test_sound_documents_are_accepted():
+    for changes in ({}, dict(fix_sub_seq_length=8), dict(fix_sub_seq_length=128), dict(fix_sub_seq_length=7)):
+        (active,) = check((ResetAttentionMask(),), argparse.Namespace(**{**FUSED, **changes}), platform="cpu")
+        assert active.why == "--reset-attention-mask"
+    dense = {**FUSED, "use_flash_attn": False, "create_attention_mask_in_dataloader": True}
+    assert check((ResetAttentionMask(),), argparse.Namespace(**dense), platform="cpu")
+
+
+def test_a_tokenizer_without_end_of_document_is_refused_when_it_is_built():
+    class NoEnd:
+        @property
+        def eod(self):
+            raise NotImplementedError("not implemented")
+
+    (patch,) = ResetAttentionMask().patches(ResetAttentionMaskFlags(), None)
+    assert patch.target == "training:build_tokenizer"
+    for make in (NoEnd, partial(SimpleNamespace, eod=None), partial(SimpleNamespace, eod=-1), SimpleNamespace):
+        with pytest.raises(ConfigError, match="--reset-attention-mask: needs a token that ends a document"):
+            patch.value(make)
+    assert patch.value(partial(SimpleNamespace, eod=0)).eod == 0
+    assert list(ResetAttentionMask().patches(ResetAttentionMaskFlags(fix_sub_seq_length=4), None)) == []
+
+
+def test_documents_of_one_size():
+    tokens = torch.zeros(2, 10, dtype=torch.long)
+    assert equal_documents(tokens, 4) == ((0, 4, 8, 10),) * 2
+    assert equal_documents(tokens, 5) == ((0, 5, 10),) * 2 and equal_documents(tokens, 10) == ((0, 10),) * 2

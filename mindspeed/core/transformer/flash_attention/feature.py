@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from mindspeed.core.context_parallel.adaptive.planner import AdaptivePlanner
 from mindspeed.core.context_parallel.batches import BatchLayouts
+from mindspeed.core.context_parallel.documents import boundaries_of, end_of_document, equal_documents
 from mindspeed.core.context_parallel.groups import ContextGroups
+from mindspeed.core.context_parallel.layout import Boundaries
 from mindspeed.core.context_parallel.maker import Band, LayoutMaker
 from mindspeed.core.context_parallel.plan import ADAPTIVE, HYBRID_ADAPTIVE, ContextPlan
 from mindspeed.core.context_parallel.positions import RotaryRows
@@ -137,7 +141,7 @@ def build_wiring(flags: FlashFlags, host: Any) -> Wiring:
     batches = BatchLayouts(
         maker,
         groups,
-        eod=(lambda: int(host.load("training:get_tokenizer")().eod)) if in_documents else None,
+        documents=_documents(host) if in_documents else None,
         restart_positions=bool(args.get("reset_position_ids")) and in_documents,
         tensor_group=lambda: host.group("tp"),
     )
@@ -149,6 +153,14 @@ def build_wiring(flags: FlashFlags, host: Any) -> Wiring:
         layer_offset=lambda config: host.load(LAYER_OFFSET)(config),
         rotate=lambda *tensors, **options: host.load(ROTATE)(*tensors, **options),
     )
+
+
+def _documents(host: Any) -> Callable[[Tensor], Boundaries]:
+    """How the documents of a batch are found: after end-of-document tokens, or one every so many tokens."""
+    size = getattr(host.args, "fix_sub_seq_length", 0)
+    if size:
+        return lambda tokens: equal_documents(tokens, size)
+    return lambda tokens: boundaries_of(tokens, end_of_document(host.load("training:get_tokenizer")()))
 
 
 def _band(flags: FlashFlags, given: frozenset[str]) -> Band:
