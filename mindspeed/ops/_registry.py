@@ -41,6 +41,7 @@ FAMILIES = (
     "adamw",
     "alltoall_allgather_bmm",
     "bmm_reducescatter_alltoall",
+    "coc_ops",
     "dropout_add_norm",
     "ema_adamw",
     "ffn",
@@ -339,6 +340,11 @@ def backend_report(device: str | None = None) -> dict[str, Ran]:
         why = f"MINDSPEED_OPS says {choice}" if choice != "auto" else (REGISTRY.load(operator.family, device) or "first choice")
         report[name] = Ran(device, route[0].backend if route else "ref", f"{why}; not called yet")
     return report
+
+
+def on_host(value: Tensor) -> bool:
+    """Whether the values of a tensor can be read without synchronisation: on the CPU, and not while a graph is traced."""
+    return type(value) is Tensor and value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def strict() -> bool:

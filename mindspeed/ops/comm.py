@@ -17,8 +17,7 @@ def comm_name(group: dist.ProcessGroup | str | None = None) -> str:
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("comm_name: no process group exists; call torch.distributed.init_process_group first")
     group = dist.group.WORLD if group is None else group
-    name = _hccl_name(group)
-    return group.group_name if name is None else name
+    return _hccl_name(group) or group.group_name
 
 
 def resolve(op: str, argument: str, group: dist.ProcessGroup | str | None) -> dist.ProcessGroup:
@@ -35,15 +34,18 @@ def resolve(op: str, argument: str, group: dist.ProcessGroup | str | None) -> di
     groups = {candidate.group_name: candidate for candidate in c10d._world.pg_map}
     if group in groups:
         return groups[group]
-    hccl = {_hccl_name(candidate): candidate for candidate in groups.values()}
+    # asking must not make communicators: that would wait for ranks that do not ask
+    hccl = {name: candidate for candidate in groups.values() if (name := _hccl_name(candidate, make=False))}
     if group in hccl:
         return hccl[group]
-    known = sorted([*groups, *(name for name in hccl if name)])
+    known = sorted([*groups, *hccl])
     raise ValueError(f"{op}: {argument} must name a process group, got {group!r}; known groups: {', '.join(known)}")
 
 
-def _hccl_name(group: dist.ProcessGroup) -> str | None:
-    """The communicator name of a group's NPU backend, or None if it has no such backend."""
+def _hccl_name(group: dist.ProcessGroup, make: bool = True) -> str:
+    """The communicator name of a group's NPU backend, "" if it has no such backend, or no communicator yet and `make` is off."""
     if torch._C._get_privateuse1_backend_name() != "npu" or "npu" not in {device.type for device in group._device_types}:
-        return None
-    return group._get_backend(torch.device("npu")).get_hccl_comm_name(group.rank())
+        return ""
+    backend = group._get_backend(torch.device("npu"))
+    rank = dist.get_rank()  # in the world, not in the group: torch_npu compares it with the device
+    return backend.get_hccl_comm_name(rank) if make else backend.get_hccl_comm_name(rank, init_comm=False)

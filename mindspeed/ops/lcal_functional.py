@@ -1,4 +1,5 @@
-"""Matrix products with a collective, cut into chunks so that one chunk computes while the previous one communicates.
+"""Matrix products with a collective: pipelined inside one operator of the device, or cut into chunks so that one chunk computes
+while the previous one communicates.
 
 `coc_ops` is the ready-made object; its methods write into preallocated tensors and return them. They have no derivative of their
 own: call them from the forward and backward of an autograd function.
@@ -9,14 +10,13 @@ own: call them from the forward and backward of an autograd function.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mindspeed.ops import _checks
+from mindspeed.ops import _checks, _coc  # noqa: F401  (_coc defines the operators)
 from mindspeed.ops.comm import resolve
 
 HINT = "call it inside a torch.autograd.Function"
@@ -86,12 +86,7 @@ class CoCOperations:
         weight = _weight("matmul_all_reduce", input1, input2, output, bias, trans_b, input1.shape[0])
         group = self.active_group()
         with torch.no_grad():
-            pending = []
-            for rows in self._slices(output.shape[0]):
-                torch.mm(input1[rows], weight, out=output[rows])
-                pending.append(dist.all_reduce(output[rows], group=group, async_op=True))
-            for work in pending:
-                work.wait()
+            torch.ops.mindspeed.coc_matmul_all_reduce_(input1, weight, output, group.group_name, self.chunks)
             return _add_bias(output, bias)
 
     def all_gather_matmul(
@@ -121,7 +116,7 @@ class CoCOperations:
         _checks.require(op, "input1", input1.shape[0] % size == 0, f"must have a multiple of {size} rows", tuple(input1.shape))
         weight = _weight(op, input1, input2, output, bias, trans_b, input1.shape[0] // size)
         with torch.no_grad():
-            _reduce_scatter(input1, weight, output, group, self._slices(output.shape[0]))
+            torch.ops.mindspeed.coc_matmul_reduce_scatter_(input1, weight, output, group.group_name, self.chunks)
             return _add_bias(output, bias)
 
     def all_gather_matmul_reduce_scatter(
@@ -142,7 +137,7 @@ class CoCOperations:
         with torch.no_grad():
             gathered = input1.new_empty(input1.shape[0] * tp2d_config.ag_dim, input1.shape[1])
             dist.all_gather_into_tensor(gathered, input1.contiguous(), group=gather_group)
-            _reduce_scatter(gathered, weight, output, scatter_group, self._slices(rows))
+            torch.ops.mindspeed.coc_matmul_reduce_scatter_(gathered, weight, output, scatter_group.group_name, self.chunks)
             return _add_bias(output, bias)
 
     def grid(self, config: TP2DConfig) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
@@ -163,11 +158,6 @@ class CoCOperations:
             self.grids[key] = tuple(groups if config.inner_dim_is_ag else reversed(groups))
         return self.grids[key]
 
-    def _slices(self, rows: int) -> list[slice]:
-        chunks = max(1, min(self.chunks, rows))
-        bounds = [rows * index // chunks for index in range(chunks + 1)]
-        return [slice(start, end) for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
-
     def _gather(
         self,
         op: str,
@@ -182,47 +172,14 @@ class CoCOperations:
         size = dist.get_world_size(group)
         weight = _weight(op, input1, input2, output, bias, trans_b, input1.shape[0] * size)
         if comm_output is not None:
+            _checks.tensor(op, "comm_output", comm_output, (input1.dtype,))
             _checks.shape(op, "comm_output", comm_output, (input1.shape[0] * size, input1.shape[1]))
+            _checks.require(op, "comm_output", comm_output.is_contiguous(), "must be contiguous", comm_output.stride())
+            _checks.same_device(op, input1=input1, comm_output=comm_output)
         with torch.no_grad():
-            results = output.view(size, -1, output.shape[1])
-            kept = None if comm_output is None else comm_output.view(size, -1, input1.shape[1])
-            for rows, gathered in _gathered_chunks(input1, group, self._slices(input1.shape[0])):
-                results[:, rows] = (gathered.flatten(0, 1) @ weight).view(size, -1, output.shape[1])
-                if kept is not None:
-                    kept[:, rows] = gathered
+            name = group.group_name
+            torch.ops.mindspeed.coc_all_gather_matmul_(input1, weight, output, comm_output, name, self.chunks)
             return _add_bias(output, bias)
-
-
-def _gathered_chunks(input1: Tensor, group: dist.ProcessGroup, slices: list[slice]) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, [w, rows, k]) chunk by chunk; the next chunk is on its way while the caller works on this one."""
-    size = dist.get_world_size(group)
-
-    def start(rows: slice) -> tuple[Tensor, dist.Work]:
-        part = input1[rows].contiguous()
-        target = part.new_empty(size, *part.shape)
-        return target, dist.all_gather_into_tensor(target.flatten(0, 1), part, group=group, async_op=True)
-
-    coming = start(slices[0])
-    for index, rows in enumerate(slices):
-        target, work = coming
-        if index + 1 < len(slices):
-            coming = start(slices[index + 1])
-        work.wait()
-        yield rows, target
-
-
-def _reduce_scatter(input1: Tensor, weight: Tensor, output: Tensor, group: dist.ProcessGroup, slices: list[slice]) -> None:
-    """Write `reducescatter(input1 @ weight)` to output; a chunk takes the same rows of every rank's part."""
-    size = dist.get_world_size(group)
-    parts = input1.reshape(size, -1, input1.shape[1])
-    pending = []
-    for rows in slices:
-        product = parts[:, rows].flatten(0, 1) @ weight
-        target = output.new_empty(product.shape[0] // size, product.shape[1])
-        pending.append((rows, target, product, dist.reduce_scatter_tensor(target, product, group=group, async_op=True)))
-    for rows, target, _, work in pending:
-        work.wait()
-        output[rows] = target
 
 
 def _weight(
@@ -240,6 +197,8 @@ def _weight(
     if bias is not None:
         _checks.tensor(op, "bias", bias, (input1.dtype, torch.float32))
         _checks.shape(op, "bias", bias, (1, weight.shape[1]), (weight.shape[1],))
+    _checks.require(op, "output", output.is_contiguous(), "must be contiguous", output.stride())
+    _checks.same_device(op, input1=input1, input2=input2, output=output, bias=bias)
     _checks.forward_only(op, HINT, input1, input2, bias)
     return weight
 

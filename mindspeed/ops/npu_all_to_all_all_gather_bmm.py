@@ -49,6 +49,7 @@ def npu_alltoall_allgather_bmm(
         _checks.tensor(OP, "bias", bias, (x.dtype, torch.float32))
         _checks.shape(OP, "bias", bias, (experts, weight.shape[2]), (experts, 1, weight.shape[2]))
         bias = bias.reshape(experts, 1, weight.shape[2])
+    _checks.same_device(OP, x=x, weight=weight, bias=bias)
     _checks.forward_only(OP, HINT, x, weight, bias)
     return torch.ops.mindspeed.npu_alltoall_allgather_bmm(
         x,
@@ -73,6 +74,37 @@ def sized_group(op: str, name: str, group: str, size: int) -> dist.ProcessGroup:
     return found
 
 
+def gathered_tokens(
+    x: Tensor, group_ep: str, group_ep_worldsize: int, group_tp: str, group_tp_worldsize: int, shard_type: int
+) -> Tensor:
+    """The tokens of this rank's experts [E/ep, ep*C, H], contiguous; one all-to-all and one all-gather."""
+    ep = sized_group(OP, "group_ep", group_ep, group_ep_worldsize)
+    tp = sized_group(OP, "group_tp", group_tp, group_tp_worldsize)
+    experts, tokens, width = x.shape[0] // group_ep_worldsize, x.shape[1], x.shape[2]
+    received = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dist.all_to_all_single(received, x.contiguous(), group=ep)
+    gathered = received.new_empty(group_tp_worldsize * x.shape[0], tokens, width)
+    dist.all_gather_into_tensor(gathered, received, group=tp)
+    parts = gathered.view(group_tp_worldsize, group_ep_worldsize, experts, tokens, width)
+    if shard_type == 0:  # hidden parts side by side
+        joined = parts.permute(2, 1, 3, 0, 4).reshape(experts, group_ep_worldsize * tokens, group_tp_worldsize * width)
+    else:  # token parts one after another
+        joined = parts.permute(2, 1, 0, 3, 4).reshape(experts, group_ep_worldsize * group_tp_worldsize * tokens, width)
+    return joined.contiguous()
+
+
+def outputs(
+    activated: Tensor, joined: Tensor, product: Tensor, need_allgather_out: bool, need_activation_feature: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(y1, y2, y3)`; what was not asked for is empty. y1 and y3 never share memory."""
+    shared = activated is product and need_activation_feature
+    return (
+        activated.clone() if shared else activated,
+        joined if need_allgather_out else product.new_empty(0, 0, 0),
+        product if need_activation_feature else product.new_empty(0, 0, 0),
+    )
+
+
 def _reference(
     x: Tensor,
     weight: Tensor,
@@ -87,28 +119,13 @@ def _reference(
     need_allgather_out: bool = False,
     need_activation_feature: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    ep = sized_group(OP, "group_ep", group_ep, group_ep_worldsize)
-    tp = sized_group(OP, "group_tp", group_tp, group_tp_worldsize)
-    experts, tokens, width = x.shape[0] // group_ep_worldsize, x.shape[1], x.shape[2]
-    received = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dist.all_to_all_single(received, x.contiguous(), group=ep)
-    gathered = received.new_empty(group_tp_worldsize * x.shape[0], tokens, width)
-    dist.all_gather_into_tensor(gathered, received, group=tp)
-    parts = gathered.view(group_tp_worldsize, group_ep_worldsize, experts, tokens, width)
-    if shard_type == 0:  # hidden parts side by side
-        joined = parts.permute(2, 1, 3, 0, 4).reshape(experts, group_ep_worldsize * tokens, group_tp_worldsize * width)
-    else:  # token parts one after another
-        joined = parts.permute(2, 1, 0, 3, 4).reshape(experts, group_ep_worldsize * group_tp_worldsize * tokens, width)
+    joined = gathered_tokens(x, group_ep, group_ep_worldsize, group_tp, group_tp_worldsize, shard_type)
     product = torch.bmm(joined, weight)
     if bias is not None:
-        product = (product + bias.reshape(experts, 1, -1)).to(x.dtype)
+        product = (product + bias.reshape(weight.shape[0], 1, -1)).to(x.dtype)
     wide = product.to(_checks.wide_dtype(x))
     activated = BY_NAME[act_type.lower()](wide).to(x.dtype)
-    return (
-        activated.clone() if activated is product else activated,
-        joined.contiguous() if need_allgather_out else x.new_empty(0, 0, 0),
-        product if need_activation_feature else x.new_empty(0, 0, 0),
-    )
+    return outputs(activated, joined, product, need_allgather_out, need_activation_feature)
 
 
 def _fake(  # noqa: ANN202

@@ -43,6 +43,7 @@ def npu_bmm_reducescatter_alltoall(
     if bias is not None:
         _checks.tensor(OP, "bias", bias, (x.dtype, torch.float32))
         _checks.shape(OP, "bias", bias, (x.shape[0], 1, hidden), (x.shape[0], hidden))
+    _checks.same_device(OP, x=x, weight=weight, bias=bias)
     _checks.forward_only(OP, HINT, x, weight, bias)
     names = comm_name(group_ep), comm_name(group_tp)
     return torch.ops.mindspeed.npu_bmm_reducescatter_alltoall(
@@ -50,7 +51,7 @@ def npu_bmm_reducescatter_alltoall(
     )
 
 
-def _reference(
+def composition(
     x: Tensor,
     weight: Tensor,
     group_ep: str,
@@ -61,6 +62,7 @@ def _reference(
     bias: Tensor | None = None,
     shard_type: int = 0,
 ) -> Tensor:
+    """One product, one reduce-scatter, one all-to-all: the definition, and what an NPU runs."""
     ep = sized_group(OP, "group_ep", group_ep, group_ep_worldsize)
     tp = sized_group(OP, "group_tp", group_tp, group_tp_worldsize)
     experts, tokens, hidden = x.shape[0], x.shape[1] // group_ep_worldsize, weight.shape[2]
@@ -92,6 +94,6 @@ define(
     "npu_bmm_reducescatter_alltoall(Tensor x, Tensor weight, str group_ep, int group_ep_worldsize, str group_tp,"
     " int group_tp_worldsize, *, Tensor? bias=None, int shard_type=0) -> Tensor",
     family="bmm_reducescatter_alltoall",
-    reference=_reference,
+    reference=composition,
     fake=_fake,
 )

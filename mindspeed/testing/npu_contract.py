@@ -15,6 +15,7 @@ shapes, dtypes, strides, gradients present, the list of calls, and that bad inpu
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -25,9 +26,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mindspeed.testing.shipped import Place, Process, shared_process, shipped
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # aclDataType of torch_npu's include/acl/acl_base_rt.h; torch's names.
 DTYPES: Mapping[int, str] = {
@@ -162,6 +166,22 @@ def place(load: bool = True) -> Place:
     assert tool is not None
     environment = {"TASK_QUEUE_ENABLE": "0", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     return Place("contract", f"{__name__}:prepare", environment, (str(tool.build()), "load" if load else ""))
+
+
+# ---- for bodies of tests ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def hccl_world(size: int = 1) -> Iterator[ProcessGroup]:
+    """An hccl group in which this process is rank 0 of `size`; the other ranks do not exist, collectives succeed at once."""
+    import torch.distributed as dist
+
+    dist.init_process_group("hccl", store=dist.HashStore(), rank=0, world_size=size)
+    try:
+        assert dist.group.WORLD is not None
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
 
 
 # ---- the other side: load torch_npu, run what is shipped --------------------------------------------------------------------

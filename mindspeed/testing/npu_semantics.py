@@ -132,6 +132,11 @@ def _scaled_masked_softmax_backward(y_grad: Tensor, y: Tensor, mask: Tensor, sca
     return (scale * wide * (grad - (grad * wide).sum(-1, keepdim=True))).masked_fill(mask, 0.0).to(y.dtype)
 
 
+def _fast_gelu(self: Tensor) -> Tensor:
+    wide = self.float()
+    return (wide * torch.exp(0.851 * (wide - wide.abs())) / (1 + torch.exp(-1.702 * wide.abs()))).to(self.dtype)
+
+
 # ---- dropout: one mask per random state, here a byte and not a bit per element ------------------------------------------------
 
 
@@ -256,6 +261,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "npu_add_rms_norm(Tensor x1, Tensor x2, Tensor gamma, float epsilon=1e-06) -> (Tensor, Tensor, Tensor)": _add_rms_norm,
     "npu_swiglu(Tensor input, int dim=-1) -> Tensor": _swiglu,
     "npu_swiglu_backward(Tensor grad_output, Tensor input, int dim=-1) -> Tensor": _swiglu_backward,
+    "npu_fast_gelu(Tensor self) -> Tensor": _fast_gelu,
     'npu_rotary_mul(Tensor input, Tensor r1, Tensor r2, str rotary_mode="half", Tensor? rotate=None) -> Tensor': _rotary_mul,
     'npu_rotary_mul_backward(Tensor grad, Tensor input, Tensor r1, Tensor r2, str rotary_mode="half")'
     " -> (Tensor, Tensor, Tensor)": _rotary_mul_backward,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 
-from mindspeed.testing.npu_contract import npu_contract
+from mindspeed.testing.npu_contract import hccl_world, npu_contract
 
 BF16, FP16, FP32, INT8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
 HELPERS = (
@@ -26,16 +24,6 @@ def tensor(*shape, dtype=BF16):
 
 def launched(calls):
     return [name for name in calls.names if name not in HELPERS]
-
-
-@contextlib.contextmanager
-def hccl_world():
-    dist = torch.distributed
-    dist.init_process_group("hccl", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield dist.group.WORLD
-    finally:
-        dist.destroy_process_group()
 
 
 @npu_contract()

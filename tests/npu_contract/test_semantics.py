@@ -164,6 +164,26 @@ def test_token_permutation():
 
 
 @npu_semantics()
+@pytest.mark.parametrize("bias_dtype", [BF16, FP32])
+@pytest.mark.parametrize("activation", ["None", "GeLU", "SiLU", "ReLU", "FastGeLU"])
+def test_expert_dispatch(activation, bias_dtype):
+    import torch.distributed as dist
+
+    import mindspeed.ops.npu_all_to_all_all_gather_bmm as op
+
+    x, weight, bias = normal(4, 6, 8, dtype=BF16), normal(4, 8, 10, dtype=BF16), normal(4, 1, 10, dtype=bias_dtype)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        options = {"bias": bias, "shard_type": 1, "act_type": activation}
+        for wanted in (False, True):
+            options |= {"need_allgather_out": wanted, "need_activation_feature": wanted}
+            ours, truth = (run(x, weight, "0", 1, "0", 1, **options) for run in (body(op.OP), op._reference))
+            torch.testing.assert_close(ours, truth, rtol=1.6e-2, atol=1.6e-2)
+    finally:
+        dist.destroy_process_group()
+
+
+@npu_semantics()
 @pytest.mark.parametrize("layout", ["SBH", "TND"])
 def test_ring_update(layout):
     import mindspeed.ops.npu_ring_attention_update  # noqa: F401
