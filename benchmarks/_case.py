@@ -340,5 +340,7 @@ def cases_of(modules: Iterable[str]) -> list[Case]:
 
 
 def _cases_in(module: ModuleType) -> list[Case]:
-    functions = [item for item in vars(module).values() if getattr(item, "__module__", None) == module.__name__]
+    """Of the module's own functions, and of those that it keeps in tuples."""
+    items = [item for value in vars(module).values() for item in (value if isinstance(value, tuple) else (value,))]
+    functions = [item for item in items if getattr(item, "__module__", None) == module.__name__]
     return [declared for function in functions for declared in getattr(function, "__cases__", [])]

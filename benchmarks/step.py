@@ -54,10 +54,10 @@ class _Steps:
 
 
 def _train(hidden: int, length: int) -> _Steps:
-    return _train_with(f"--hidden-size {hidden} --seq-length {length} --max-position-embeddings {length}", length)
+    return train_with(f"--hidden-size {hidden} --seq-length {length} --max-position-embeddings {length}", length)
 
 
-def _train_with(flags: str, length: int) -> _Steps:
+def train_with(flags: str, length: int) -> _Steps:
     """The built-in trainer in this process; a step lasts from one `step_begin` to the next, logging included."""
     import mindspeed
     from mindspeed.testing.parity import VOCABULARY, tiny_flags
@@ -109,6 +109,11 @@ def _parallel_state_gone_after() -> Iterator[None]:
 
 GPT4 = {"layers": 4, "hidden": 512, "heads": 8, "ffn": 1408, "vocabulary": 8192, "length": 2048}
 FLASH = {"use_flash_attn": True, "transformer_impl": "local"}
+FUSED = FLASH | {
+    "use_fused_rmsnorm": True, "normalization": "RMSNorm",
+    "use_fused_swiglu": True, "swiglu": True,
+    "use_fused_rotary_pos_emb": True, "position_embedding_type": "rope",
+}  # fmt: skip
 
 
 @case("step.gpt4.fp32", feature="flash-attention", metric="ratio", against="host", must=2.0, aim=2.25)
@@ -121,6 +126,18 @@ def gpt4_fp32(run: Run) -> Paired:
 def gpt4_bf16(run: Run) -> Paired:
     """The same in bf16."""
     return _Gpt4Rounds(torch.bfloat16, FLASH, run).paired()
+
+
+@case("step.gpt4.fp32.fused", feature="fused-rmsnorm", metric="ratio", against="host", must=2.15, aim=2.25)
+def gpt4_fp32_fused(run: Run) -> Paired:
+    """The same in fp32 with fused norms, SwiGLU and rotary embedding too."""
+    return _Gpt4Rounds(torch.float32, FUSED, run).paired()
+
+
+@case("step.gpt4.bf16.fused", feature="fused-rmsnorm", metric="ratio", against="host", must=3.0, aim=3.5)
+def gpt4_bf16_fused(run: Run) -> Paired:
+    """The same in bf16 with fused norms, SwiGLU and rotary embedding too."""
+    return _Gpt4Rounds(torch.bfloat16, FUSED, run).paired()
 
 
 class _Gpt4Rounds:
@@ -244,8 +261,8 @@ def data_parallel_scaling(run: Run) -> Paired:
 
 
 def _losses_of_run(world: Any, flags: str) -> list[float]:
-    return _train_with(flags, 256).losses
+    return train_with(flags, 256).losses
 
 
 def _step_cost(world: Any, flags: str) -> float:
-    return _train_with(flags, 256).seconds
+    return train_with(flags, 256).seconds
