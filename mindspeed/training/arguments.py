@@ -9,8 +9,10 @@ import functools
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from mindspeed.errors import ConfigError, Problem
@@ -162,6 +164,24 @@ def core_transformer_config_from_args(args: argparse.Namespace, config_class: ty
     if args.init_method_xavier_uniform:
         values["init_method"] = torch.nn.init.xavier_uniform_
     return kind(**values)
+
+
+def check_config(args: argparse.Namespace) -> None:
+    """Make the model's configuration once, so that what megatron-core refuses is told before anything is started.
+
+    Raises:
+        ConfigError: with megatron-core's words, or the condition itself where it has none.
+    """
+    try:
+        core_transformer_config_from_args(args)
+    except (AssertionError, ValueError, TypeError) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        words = " ".join(str(error).split()) or f"megatron-core demands: {(frame.line or '').removeprefix('assert ')}"
+        where = f"{Path(frame.filename).name}, line {frame.lineno}"
+        rule = f"is refused by megatron-core: {words.rstrip('.')}"
+        raise ConfigError(
+            [Problem("model configuration", None, rule, f"change the flags that it speaks of (megatron-core's {where})")]
+        ) from error
 
 
 def _squared_relu(x: Any) -> Any:

@@ -24,7 +24,7 @@ from mindspeed.patching.discovery import all_features
 from mindspeed.patching.feature import Feature
 from mindspeed.runtime import revert, start
 from mindspeed.training import session as sessions
-from mindspeed.training.arguments import ArgumentsProvider, parse_args
+from mindspeed.training.arguments import ArgumentsProvider, check_config, parse_args
 from mindspeed.training.launch import STORE_SOCKET
 from mindspeed.training.session import Session
 from mindspeed.training.tokenizers import build_tokenizer
@@ -57,6 +57,7 @@ def settle_arguments(
         changes = _validate(args, active, runtime.features)
         active = activation.check(runtime.features, args, platform=runtime.platform.name, given=args.given_flags)
         runtime.activate(active, announce=args.rank == 0)
+        check_config(args)
     except BaseException:
         revert(force=True)
         raise

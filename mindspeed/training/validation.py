@@ -279,13 +279,11 @@ def _experts(args: argparse.Namespace) -> Iterator[Problem]:
         )
     if size > 1 and args.fp16:
         yield Problem("--expert-model-parallel-size", size, "does not work with --fp16", "use --bf16")
+    if args.num_experts and args.add_bias_linear:
+        yield Problem("--num-experts", args.num_experts, "experts have no bias", "add --disable-bias-linear")
     if args.num_experts and args.moe_router_topk > args.num_experts:
-        yield Problem(
-            "--moe-router-topk",
-            args.moe_router_topk,
-            f"there are {args.num_experts} experts",
-            f"use at most {args.num_experts}",
-        )
+        rule, fix = f"there are {args.num_experts} experts", f"use at most {args.num_experts}"
+        yield Problem("--moe-router-topk", args.moe_router_topk, rule, fix)
     if args.num_experts and isinstance(args.moe_layer_freq, list) and len(args.moe_layer_freq) != args.num_layers:
         rule = f"describes {len(args.moe_layer_freq)} of {args.num_layers} layers"
         yield Problem("--moe-layer-freq", args.moe_layer_freq, rule, "give one entry per layer")

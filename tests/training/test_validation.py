@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import runpy
 
+import pytest
+import torch
+
+import mindspeed
 from mindspeed.errors import ConfigError
-from mindspeed.training.arguments import parse_args
+from mindspeed.training.arguments import check_config, parse_args
 from mindspeed.training.derive import derive
+from mindspeed.training.initialize import settle_arguments
 from mindspeed.training.validation import out_of_range, problems
 from tests.training.runs import TINY
 
@@ -56,6 +61,7 @@ CASES = [
         2,
         "--num-experts 3: must be a multiple of --expert-model-parallel-size 2",
     ),
+    ("--num-experts 4", 1, "--num-experts 4: experts have no bias. Add --disable-bias-linear"),
     ("--num-experts 4 --moe-layer-freq [1,0]", 1, "--moe-layer-freq [1, 0]: describes 2 of 4 layers"),
     ("--num-experts 4 --moe-router-topk 5", 1, "--moe-router-topk 5: there are 4 experts"),
     ("--num-layers-per-virtual-pipeline-stage 1", 1, "needs 2 or more pipeline stages"),
@@ -144,3 +150,24 @@ def test_documents_need_a_tokenizer_that_ends_them(monkeypatch):
     words = ": needs a token that ends a document, which None has not. Choose another tokenizer or remove the flag."
     assert told(flags) == [f"--reset-attention-mask{words}", f"--eod-mask-loss{words}"]
     assert told(TINY) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--num-experts 4 --disable-bias-linear --moe-router-enable-expert-bias", "only supports sigmoid score function"),
+        ("--recompute-granularity selective --recompute-modules foo", r"Invalid choices for recompute_modules: \{'foo'\}"),
+    ],
+)
+def test_what_the_model_configuration_refuses_is_one_error_before_anything_starts(flags, words):
+    with pytest.raises(ConfigError, match=rf"model configuration: is refused by megatron-core: .*{words}"):
+        settle_arguments(argv=f"{TINY} {flags}".split())
+    assert mindspeed.patches() == () and not torch.distributed.is_initialized()
+
+
+def test_a_bare_assertion_of_the_model_configuration_is_quoted(monkeypatch, tmp_path):
+    (tmp_path / "host.py").write_text("def refuse(args, experts=3):\n    assert experts % 2 == 0\n")
+    refuse = runpy.run_path(str(tmp_path / "host.py"))["refuse"]
+    monkeypatch.setattr("mindspeed.training.arguments.core_transformer_config_from_args", refuse)
+    with pytest.raises(ConfigError, match="model configuration: .* megatron-core demands: experts % 2 == 0"):
+        check_config(parse_args(argv=TINY.split()))
