@@ -48,6 +48,11 @@ def block_rows(rows: int, row_bytes: int, block_bytes: int = BLOCK_BYTES) -> int
     return max(1, min(rows, block_bytes * torch.get_num_threads() // max(row_bytes, 1)))
 
 
+def column_sums(values: Tensor) -> Tensor:
+    """[H] sums of [..., H] over all rows; zeros without rows."""
+    return values.reshape(values.shape[:-1].numel(), values.shape[-1]).sum(0)
+
+
 def widen(source: Tensor, buffer: Tensor) -> Tensor:
     """The block in the buffer's dtype; the source itself if it has that dtype already (callers must not write to it)."""
     return source if source.dtype == buffer.dtype else buffer[: source.shape[0]].copy_(source)

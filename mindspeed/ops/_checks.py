@@ -17,7 +17,7 @@ INDICES = (torch.int32, torch.int64)
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return " or ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 def tensor(
@@ -64,6 +64,14 @@ def option(op: str, name: str, value: object, allowed: Sequence[object]) -> None
     """Require one of a few allowed values."""
     if value not in allowed:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def word(op: str, name: str, value: object, allowed: Sequence[str]) -> str:
+    """Require one of a few words in any case; returns it in the case of `allowed`."""
+    found = {item.lower(): item for item in allowed}.get(value.lower()) if isinstance(value, str) else None
+    if found is None:
+        option(op, name, value, allowed)
+    return found
 
 
 def wide_dtype(value: Tensor) -> torch.dtype:

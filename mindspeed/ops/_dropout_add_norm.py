@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mindspeed.ops import _checks
-from mindspeed.ops._blocks import block_rows, row_blocks, widen
+from mindspeed.ops._blocks import block_rows, column_sums, row_blocks, widen
 from mindspeed.ops._norms import gradient_block, input_gradient, normalise, normalise_block, normalised, scale_and_store
 from mindspeed.ops._random import draw, keep_mask
 from mindspeed.ops._registry import below_autograd, define, register_kernel
@@ -136,7 +136,7 @@ def _reference_backward(
     residual_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
-    wide, size, centre = rstd.dtype, pre.shape[-1], mean.numel() > 0
+    wide, centre = rstd.dtype, mean.numel() > 0
     x_hat, dy_wide = normalised(pre.to(wide), mean if centre else None, rstd), dy.to(wide)
     du = input_gradient(dy_wide * weight.to(wide), x_hat, rstd, centre)
     du = du if dpre is None else du + dpre.to(wide)
@@ -147,12 +147,12 @@ def _reference_backward(
         if rowscale is not None:
             drowscale = _scaled(product, None, layerscale).sum(-1).to(rowscale.dtype)
         if layerscale is not None:
-            dlayerscale = _scaled(product, rowscale, None).reshape(-1, size).sum(0).to(layerscale.dtype)
+            dlayerscale = column_sums(_scaled(product, rowscale, None)).to(layerscale.dtype)
     return (
         _scaled(dscaled, rowscale, layerscale).to(dy.dtype).contiguous(),
         pre.new_empty(0) if residual_dtype is None else du.to(residual_dtype, copy=True).contiguous(),
-        (dy_wide * x_hat).reshape(-1, size).sum(0).to(weight.dtype),
-        pre.new_empty(0) if bias_dtype is None else dy_wide.reshape(-1, size).sum(0).to(bias_dtype),
+        column_sums(dy_wide * x_hat).to(weight.dtype),
+        pre.new_empty(0) if bias_dtype is None else column_sums(dy_wide).to(bias_dtype),
         drowscale,
         dlayerscale,
     )

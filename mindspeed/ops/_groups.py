@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mindspeed.ops import _checks
-from mindspeed.ops._registry import strict
+from mindspeed.ops._registry import on_host, strict
 
 ENDS, SIZES = 0, 1
 
@@ -38,10 +38,10 @@ def as_tensor(op: str, name: str, group_list: Sequence[int] | Tensor, x: Tensor,
 
 
 def check_values(op: str, name: str, group_list: Sequence[int] | Tensor, rows: int, list_type: int) -> None:
-    """Check the values of a list, and of a tensor under `MINDSPEED_OPS_STRICT=1` (CPU bodies check theirs anyway)."""
+    """Check the values of a list or of a tensor on the host, and of any tensor under `MINDSPEED_OPS_STRICT=1`."""
     if not isinstance(group_list, Tensor):
         host_sizes(op, name, group_list, rows, list_type)
-    elif strict():
+    elif on_host(group_list) or strict():
         host_sizes(op, name, group_list.tolist(), rows, list_type)
 
 
@@ -52,7 +52,7 @@ def host_sizes(op: str, name: str, values: Sequence[int], rows: int, list_type: 
         total = sum(sizes)
         rule = "must hold sizes that are not negative"
     else:
-        starts = [0, *values[:-1]]
+        starts = [0, *values][: len(values)]
         sizes = [end - start for start, end in zip(starts, values, strict=True)]
         total = values[-1] if len(values) else 0
         rule = "must hold cumulative ends that do not decrease"

@@ -37,28 +37,49 @@ def check(
     _checks.tensor(op, "x2", x2, (residual.dtype, torch.int8), ndim=2)
     _checks.require(op, "x2", x2.shape[0] == x1.shape[-1], f"must have {x1.shape[-1]} rows", tuple(x2.shape))
     size = x2.shape[1]
-    rows = x1.numel() // max(x1.shape[-1], 1)
+    rows = x1.shape[:-1].numel()
     fits = residual.shape[-1] == size and residual.numel() == rows * size
     _checks.require(op, "residual", fits, f"must hold {rows} rows of {size}", tuple(residual.shape))
     _checks.tensor(op, "gamma", gamma, (residual.dtype,))
     _checks.shape(op, "gamma", gamma, (size,))
     _checks.require(op, "epsilon", epsilon >= 0, "must not be negative", epsilon)
-    scale, offset, group_size = antiquant
+    scale, offset, _ = antiquant
     integers = x1.dtype == torch.int8, x2.dtype == torch.int8
     if integers == (True, False):
         raise TypeError(f"{op}: x2 must have dtype int8 with int8 x1, got {x2.dtype}")
     if bias is not None:
         _checks.tensor(op, "bias", bias, (torch.int32,) if all(integers) else (residual.dtype,))
         _checks.shape(op, "bias", bias, (size,))
-    _checks.require(
-        op, "antiquant_scale", (scale is not None) == (integers == (False, True)), "is for float x1 and int8 x2", scale
-    )
-    _checks.require(op, "antiquant_offset", offset is None or scale is not None, "needs antiquant_scale", "a tensor")
-    _checks.require(op, "dequant_scale", (dequant_scale is not None) == all(integers), "is for int8 x1 and x2", dequant_scale)
-    inner = x1.shape[-1]
+    _check_scales(op, x1, x2, antiquant, dequant_scale)
+    tensors = {"bias": bias, "antiquant_scale": scale, "antiquant_offset": offset, "dequant_scale": dequant_scale}
+    _checks.same_device(op, x1=x1, x2=x2, residual=residual, gamma=gamma, **tensors)
+    _checks.forward_only(op, HINT, x1, x2, residual, gamma, bias)
+
+
+def _check_scales(
+    op: str, x1: Tensor, x2: Tensor, antiquant: tuple[Tensor | None, Tensor | None, int], dequant_scale: Tensor | None
+) -> None:
+    """Check which scales belong to the dtypes of x1 and x2, their dtypes and shapes."""
+    (inner, size), (scale, offset, group_size) = x2.shape, antiquant
+    integers, int8_weight = x1.dtype == torch.int8, x2.dtype == torch.int8 != x1.dtype
+    for name, value, wanted, rule in (
+        ("antiquant_scale", scale, int8_weight, "is for float x1 and int8 x2"),
+        ("dequant_scale", dequant_scale, integers, "is for int8 x1 and x2"),
+    ):
+        _checks.require(op, name, (value is not None) == wanted, rule, "None" if value is None else "a tensor")
+    _checks.require(op, "antiquant_offset", offset is None or int8_weight, "needs antiquant_scale", "a tensor")
     grouped = group_size == 0 or (group_size % 32 == 0 and 32 <= group_size <= inner - 1)
     _checks.require(op, "antiquant_group_size", grouped, f"must be 0 or a multiple of 32 in [32, {inner - 1}]", group_size)
-    _checks.forward_only(op, HINT, x1, x2, residual, gamma, bias)
+    shapes = [(1,), (size,), (1, size)]
+    if dequant_scale is not None:
+        _checks.tensor(op, "dequant_scale", dequant_scale, (torch.bfloat16, torch.float32, torch.int64, torch.uint64))
+        _checks.shape(op, "dequant_scale", dequant_scale, *shapes)
+    if group_size:
+        shapes.append((-(-inner // group_size), size))
+    for name, value in (("antiquant_scale", scale), ("antiquant_offset", offset)):
+        if value is not None:
+            _checks.tensor(op, name, value, (x1.dtype,))
+            _checks.shape(op, name, value, *shapes)
 
 
 def _sum(
@@ -73,7 +94,7 @@ def _sum(
     antiquant_group_size: int,
 ) -> Tensor:
     """`allreduce(x1 @ x2 + bias)` in the dtype of residual, shaped like it; one collective."""
-    rows = x1.flatten(0, -2)
+    group, rows = resolve("npu_mm_all_reduce_add_rms_norm", "hcom", hcom), x1.flatten(0, -2)
     if dequant_scale is not None:
         product = integer_product(rows, x2)
         product = product if bias is None else product + bias
@@ -82,7 +103,7 @@ def _sum(
         if antiquant_scale is not None:
             x2 = widened_weight(x2, antiquant_scale, antiquant_offset, x1.dtype, antiquant_group_size)
         product = rows @ x2 if bias is None else torch.addmm(bias, rows, x2)
-    dist.all_reduce(product, group=resolve("npu_mm_all_reduce_add_rms_norm", "hcom", hcom))
+    dist.all_reduce(product, group=group)
     return product.view(residual.shape)
 
 

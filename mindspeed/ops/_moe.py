@@ -48,19 +48,26 @@ def _permute_map(
     by_expert = routing_map.t()
     row_map = torch.full((count, experts), -1, dtype=torch.int32, device=tokens.device)
     if drop_and_pad:  # every expert takes the same number of tokens: routed ones first, then others in order
-        capacity = min(num_out // experts, count)
+        capacity = _capacity(num_out, routing_map)
         source = by_expert.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :capacity].flatten()
         expert = torch.arange(experts, device=tokens.device).repeat_interleave(capacity)
+        row_map[source, expert] = torch.arange(source.numel(), dtype=torch.int32, device=tokens.device)
     else:  # expert-major order, without asking the device how many there are
         position = by_expert.flatten().to(torch.int64).cumsum(0) - 1
         routed = by_expert.flatten() & (position < num_out)
         slot = torch.where(routed, position, num_out)
         flat = torch.zeros(num_out + 1, dtype=torch.int64, device=tokens.device)
         flat.scatter_(0, slot, torch.arange(slot.numel(), device=tokens.device))
-        expert, source = flat[:num_out] // count, flat[:num_out] % count
-    row_map[source, expert] = torch.arange(source.numel(), dtype=torch.int32, device=tokens.device)
+        expert, source = flat[:num_out] // max(count, 1), flat[:num_out] % max(count, 1)
+        row_map.t().copy_(torch.where(routed, position, -1).view(experts, count))
     permuted_probs = tokens.new_empty(0) if probs is None else probs[source, expert]
     return tokens.index_select(0, source), permuted_probs, row_map
+
+
+def _capacity(num_out: int, routing_map: Tensor) -> int:
+    """Rows of each expert with `drop_and_pad`."""
+    count, experts = routing_map.shape
+    return min(num_out // max(experts, 1), count)
 
 
 def _permute_map_backward(dpermuted: Tensor, dprobs: Tensor | None, row_map: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +100,7 @@ def _unpermute_backward(
 
 def _fake_permute_map(tokens, routing_map, probs, num_out, drop_and_pad):  # noqa: ANN001, ANN202
     count, experts = routing_map.shape
-    rows = experts * min(num_out // experts, count) if drop_and_pad else num_out
+    rows = experts * _capacity(num_out, routing_map) if drop_and_pad else num_out
     permuted_probs = tokens.new_empty(0) if probs is None else probs.new_empty(rows)
     return tokens.new_empty(rows, tokens.shape[1]), permuted_probs, routing_map.new_empty((count, experts), dtype=torch.int32)
 

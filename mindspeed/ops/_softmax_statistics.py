@@ -13,14 +13,17 @@ from torch import Tensor
 def block_index(lengths: Tensor, tokens: int, heads: int) -> Tensor:
     """[T, N] positions, in the sequence-block arrangement, of each (token, head); `lengths` [sequences] on any device.
 
-    Tokens after the last sequence form one more block. No synchronisation.
+    Tokens after the last sequence form one more block. No synchronisation, so lengths that do not fit are not noticed but cut
+    off: the positions are a permutation of all rows whatever the lengths are, and no kernel writes outside of its tensors.
     """
     device = lengths.device
-    lengths = torch.cat([lengths, (tokens - lengths.sum()).reshape(1)])
-    starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths, output_size=tokens)
-    own = lengths.repeat_interleave(lengths, output_size=tokens)
+    ends = lengths.clamp(min=0).cumsum(0).clamp(max=tokens)
+    ends = torch.cat([ends, ends.new_full((1,), tokens)])
+    sizes = ends.diff(prepend=ends.new_zeros(1))
     head, token = torch.arange(heads, device=device), torch.arange(tokens, device=device)
-    return starts.unsqueeze(1) * heads + head * own.unsqueeze(1) + (token - starts).unsqueeze(1)
+    sequence = torch.searchsorted(ends, token, right=True)
+    own, start = sizes[sequence].unsqueeze(1), (ends - sizes)[sequence].unsqueeze(1)
+    return start * heads + head * own + token.unsqueeze(1) - start
 
 
 def to_tokens(statistics: Tensor, index: Tensor) -> Tensor:

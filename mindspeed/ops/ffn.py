@@ -19,6 +19,8 @@ OP = "npu_ffn"
 GATED = {"geglu": "gelu", "swiglu": "silu", "reglu": "relu"}
 PLAIN = ("fastgelu", "gelu", "relu", "silu")
 MOST_EXPERTS = 256
+SCALES = (torch.float32, torch.bfloat16, torch.int64, torch.uint64)
+"""Dtypes of a dequantisation scale; an integer holds the bits of a float32."""
 
 
 def npu_ffn(
@@ -48,44 +50,38 @@ def npu_ffn(
     `expert_tokens` (counts) or `expert_tokens_index` (cumulative). activation: fastgelu, gelu, relu, silu (N1 = K2), or geglu,
     swiglu, reglu (N1 = 2 * K2, no experts). bias: [N] or [E, N], float32 for bfloat16.
     """
-    activation = activation.lower()
+    tensors = {
+        "bias1": bias1,
+        "bias2": bias2,
+        "scale": scale,
+        "offset": offset,
+        "deq_scale1": deq_scale1,
+        "deq_scale2": deq_scale2,
+        "antiquant_scale1": antiquant_scale1,
+        "antiquant_scale2": antiquant_scale2,
+        "antiquant_offset1": antiquant_offset1,
+        "antiquant_offset2": antiquant_offset2,
+    }
     _checks.tensor(OP, "x", x, (torch.float16, torch.bfloat16, torch.float32, torch.int8))
     _checks.require(OP, "x", 2 <= x.dim() <= 8, "must have 2 to 8 dimensions", tuple(x.shape))
-    _checks.option(OP, "activation", activation, (*PLAIN, *GATED))
+    activation = _checks.word(OP, "activation", activation, (*PLAIN, *GATED))
     _checks.option(OP, "inner_precise", inner_precise, (None, 0, 1))
     experts = _check_weights(x, weight1, weight2, activation)
-    weights_are_int8, integers = weight1.dtype == torch.int8, x.dtype == torch.int8
-    _check_scales(integers, weights_are_int8, scale, offset, (deq_scale1, deq_scale2), (antiquant_scale1, antiquant_scale2))
-    for name, bias, size in (("bias1", bias1, weight1.shape[-1]), ("bias2", bias2, weight2.shape[-1])):
-        if bias is not None:
-            wanted = torch.int32 if integers else torch.float32 if x.dtype == torch.bfloat16 else x.dtype
-            _checks.tensor(OP, name, bias, (wanted,))
-            _checks.shape(OP, name, bias, (size,) if experts is None else (experts, size))
-    result = x.dtype if not integers else output_dtype or torch.float16
-    _checks.require(OP, "output_dtype", output_dtype in (None, result), f"must be {result} here", output_dtype)
-    _checks.option(OP, "output_dtype", result, (torch.float16, torch.bfloat16) if integers else (x.dtype,))
-    rows = x.numel() // max(x.shape[-1], 1)
-    sizes = _expert_sizes(expert_tokens, expert_tokens_index, experts, rows)
-    _checks.forward_only(OP, "compose two products for training", x, weight1, weight2, bias1, bias2)
+    _check_tensors(x, weight1, weight2, experts, tensors)
+    _checks.same_device(OP, x=x, weight1=weight1, weight2=weight2, **tensors)
+    result = _result_dtype(x, output_dtype)
+    sizes = _expert_sizes(expert_tokens, expert_tokens_index, experts, x.shape[:-1].numel())
+    _checks.forward_only(OP, "compose two products for training", x, weight1, weight2, *tensors.values())
     return torch.ops.mindspeed.ffn(
-        x,
-        weight1,
-        weight2,
-        activation,
-        expert_tokens=sizes,
-        bias1=bias1,
-        bias2=bias2,
-        scale=scale,
-        offset=offset,
-        deq_scale1=deq_scale1,
-        deq_scale2=deq_scale2,
-        antiquant_scale1=antiquant_scale1,
-        antiquant_scale2=antiquant_scale2,
-        antiquant_offset1=antiquant_offset1,
-        antiquant_offset2=antiquant_offset2,
-        inner_precise=inner_precise,
-        output_dtype=result,
+        x, weight1, weight2, activation, expert_tokens=sizes, inner_precise=inner_precise, output_dtype=result, **tensors
     )
+
+
+def _result_dtype(x: Tensor, output_dtype: torch.dtype | None) -> torch.dtype:
+    """float16 or bfloat16 of int8 x, else the dtype of x."""
+    allowed = (torch.float16, torch.bfloat16) if x.dtype == torch.int8 else (x.dtype,)
+    _checks.option(OP, "output_dtype", output_dtype, (None, *allowed))
+    return output_dtype or allowed[0]
 
 
 def _check_weights(x: Tensor, weight1: Tensor, weight2: Tensor, activation: str) -> int | None:
@@ -107,22 +103,48 @@ def _check_weights(x: Tensor, weight1: Tensor, weight2: Tensor, activation: str)
     return count
 
 
-def _check_scales(
-    integers: bool,
-    weights_are_int8: bool,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    deq: tuple[Tensor | None, Tensor | None],
-    antiquant: tuple[Tensor | None, Tensor | None],
+def _check_tensors(x: Tensor, weight1: Tensor, weight2: Tensor, experts: int | None, tensors: dict[str, Tensor | None]) -> None:
+    """Check biases and scales: which form of the operator takes them, dtype and shape."""
+    integers = x.dtype == torch.int8
+    bias_dtype = torch.int32 if integers else torch.float32 if x.dtype == torch.bfloat16 else x.dtype
+    lead = () if experts is None else (experts,)
+    for number, weight in (("1", weight1), ("2", weight2)):
+        columns = (*lead, weight.shape[-1])
+        _check_tensor(f"bias{number}", tensors, (bias_dtype,), columns)
+        _need(f"deq_scale{number}", tensors, integers, "is for int8 x")
+        _check_tensor(f"deq_scale{number}", tensors, SCALES, columns)
+        _check_antiquant(number, x, weight, columns, tensors)
+    _need("scale", tensors, integers, "is for int8 x")
+    if not integers:
+        _need("offset", tensors, False, "is for int8 x")
+    for name in ("scale", "offset"):
+        _check_tensor(name, tensors, (torch.float32, torch.float16, torch.bfloat16), lead or (1,), (*lead, weight2.shape[-2]))
+
+
+def _check_antiquant(
+    number: str, x: Tensor, weight: Tensor, columns: tuple[int, ...], tensors: dict[str, Tensor | None]
 ) -> None:
-    for name, value in (("scale", scale), ("deq_scale1", deq[0]), ("deq_scale2", deq[1])):
-        _checks.require(OP, name, (value is not None) == integers, "is for int8 x", "None" if value is None else "a tensor")
-    _checks.require(OP, "offset", offset is None or integers, "is for int8 x", "a tensor")
-    for name, value in (("antiquant_scale1", antiquant[0]), ("antiquant_scale2", antiquant[1])):
-        wanted = weights_are_int8 and not integers
-        _checks.require(
-            OP, name, (value is not None) == wanted, "is for float x and int8 weights", "None" if value is None else "a tensor"
-        )
+    """Check scale and offset of one weight: per column, or per group of rows with up to one group per row."""
+    wanted, name, offset = weight.dtype == torch.int8 != x.dtype, f"antiquant_scale{number}", f"antiquant_offset{number}"
+    _need(name, tensors, wanted, "is for float x and int8 weights")
+    if not wanted:
+        _need(offset, tensors, False, "is for float x and int8 weights")
+        return
+    groups = tensors[name].shape[-2] if tensors[name].dim() > len(columns) else 1
+    _checks.require(OP, name, groups <= weight.shape[-2], f"must have at most {weight.shape[-2]} groups", groups)
+    _check_tensor(name, tensors, (x.dtype,), columns, (*columns[:-1], groups, columns[-1]))
+    _check_tensor(offset, tensors, (x.dtype,), tensors[name].shape)
+
+
+def _need(name: str, tensors: dict[str, Tensor | None], wanted: bool, rule: str) -> None:
+    given = tensors[name] is not None
+    _checks.require(OP, name, given == wanted, rule, "a tensor" if given else "None")
+
+
+def _check_tensor(name: str, tensors: dict[str, Tensor | None], dtypes: Sequence[torch.dtype], *shapes: Sequence[int]) -> None:
+    if (value := tensors[name]) is not None:
+        _checks.tensor(OP, name, value, dtypes)
+        _checks.shape(OP, name, value, *shapes)
 
 
 def _expert_sizes(
@@ -134,6 +156,8 @@ def _expert_sizes(
         _checks.require(OP, name, given is None, "needs weights with experts", given)
         return None
     _checks.require(OP, name, given is not None or experts == 1, "must be given with experts", None)
+    if isinstance(given, Tensor):
+        _checks.tensor(OP, name, given, _checks.INDICES, ndim=1)
     values = [rows] if given is None else given.tolist() if isinstance(given, Tensor) else list(given)
     _checks.require(OP, name, len(values) == experts, f"must have {experts} entries", len(values))
     sizes = host_sizes(OP, name, values, rows, SIZES if given is None else kind)
@@ -196,10 +220,9 @@ def _reference(
     if expert_tokens is None:
         out = _network(rows, None, activation, tensors, output_dtype)
     else:
-        parts = [
-            _network(rows[span], index, activation, tensors, output_dtype) for index, span in enumerate(spans(expert_tokens))
-        ]
-        out = torch.cat(parts)
+        out = rows.new_empty(rows.shape[0], weight2.shape[-1], dtype=output_dtype)
+        for index, span in enumerate(spans(expert_tokens)):
+            out[span] = _network(rows[span], index, activation, tensors, output_dtype)
     return out.view(*x.shape[:-1], weight2.shape[-1])
 
 

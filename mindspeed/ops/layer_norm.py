@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mindspeed.ops import _checks
+from mindspeed.ops._blocks import column_sums
 from mindspeed.ops._norms import blocked_norm, blocked_norm_backward, input_gradient, normalise, normalised
 from mindspeed.ops._registry import below_autograd, define, register_kernel
 
@@ -42,12 +43,11 @@ def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tu
 def _reference_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide, size = rstd.dtype, x.shape[-1]
+    wide = rstd.dtype
     x_hat, dy_wide = normalised(x.to(wide), mean, rstd), dy.to(wide)
     dx = input_gradient(dy_wide * weight.to(wide), x_hat, rstd, centre=True)
-    dweight = (dy_wide * x_hat).reshape(-1, size).sum(0)
-    dbias = x.new_empty(0) if bias is None else dy_wide.reshape(-1, size).sum(0).to(bias.dtype)
-    return dx.to(x.dtype).contiguous(), dweight.to(weight.dtype), dbias
+    dbias = x.new_empty(0) if bias is None else column_sums(dy_wide).to(bias.dtype)
+    return dx.to(x.dtype).contiguous(), column_sums(dy_wide * x_hat).to(weight.dtype), dbias
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:

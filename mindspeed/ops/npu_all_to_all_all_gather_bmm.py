@@ -40,7 +40,8 @@ def npu_alltoall_allgather_bmm(
     _checks.tensor(OP, "x", x, ndim=3)
     _checks.tensor(OP, "weight", weight, (x.dtype,), ndim=3)
     _checks.option(OP, "shard_type", shard_type, (0, 1))
-    _checks.option(OP, "act_type", act_type.lower(), [name.lower() for name in ACTIVATIONS])
+    act_type = _checks.word(OP, "act_type", act_type, ACTIVATIONS)
+    check_worldsizes(OP, group_ep_worldsize, group_tp_worldsize)
     experts, rest = divmod(x.shape[0], group_ep_worldsize)
     _checks.require(OP, "x", rest == 0, f"must hold a multiple of {group_ep_worldsize} experts", tuple(x.shape))
     hidden = x.shape[2] * (group_tp_worldsize if shard_type == 0 else 1)
@@ -49,6 +50,7 @@ def npu_alltoall_allgather_bmm(
         _checks.tensor(OP, "bias", bias, (x.dtype, torch.float32))
         _checks.shape(OP, "bias", bias, (experts, weight.shape[2]), (experts, 1, weight.shape[2]))
         bias = bias.reshape(experts, 1, weight.shape[2])
+    _checks.same_device(OP, x=x, weight=weight, bias=bias)
     _checks.same_device(OP, x=x, weight=weight, bias=bias)
     _checks.forward_only(OP, HINT, x, weight, bias)
     return torch.ops.mindspeed.npu_alltoall_allgather_bmm(
@@ -64,6 +66,12 @@ def npu_alltoall_allgather_bmm(
         need_allgather_out=need_allgather_out,
         need_activation_feature=need_activation_feature,
     )
+
+
+def check_worldsizes(op: str, ep: int, tp: int) -> None:
+    """Require positive group sizes; whether they are those of the groups is known where the groups are looked up."""
+    for name, size in (("group_ep_worldsize", ep), ("group_tp_worldsize", tp)):
+        _checks.require(op, name, size >= 1, "must be at least 1", size)
 
 
 def sized_group(op: str, name: str, group: str, size: int) -> dist.ProcessGroup:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mindspeed.ops import _checks
 from mindspeed.ops._registry import define
 from mindspeed.ops.comm import comm_name
-from mindspeed.ops.npu_all_to_all_all_gather_bmm import HINT, sized_group
+from mindspeed.ops.npu_all_to_all_all_gather_bmm import HINT, check_worldsizes, sized_group
 
 OP = "npu_bmm_reducescatter_alltoall"
 
@@ -35,6 +35,7 @@ def npu_bmm_reducescatter_alltoall(
     _checks.tensor(OP, "x", x, ndim=3)
     _checks.tensor(OP, "weight", weight, (x.dtype,), ndim=3)
     _checks.option(OP, "shard_type", shard_type, (0, 1))
+    check_worldsizes(OP, group_ep_worldsize, group_tp_worldsize)
     _checks.shape(OP, "weight", weight, (x.shape[0], x.shape[2], weight.shape[2]))
     unit = group_ep_worldsize * (group_tp_worldsize if shard_type == 1 else 1)
     _checks.require(OP, "x", x.shape[1] % unit == 0, f"must hold a multiple of {unit} tokens", tuple(x.shape))
@@ -43,6 +44,7 @@ def npu_bmm_reducescatter_alltoall(
     if bias is not None:
         _checks.tensor(OP, "bias", bias, (x.dtype, torch.float32))
         _checks.shape(OP, "bias", bias, (x.shape[0], 1, hidden), (x.shape[0], hidden))
+    _checks.same_device(OP, x=x, weight=weight, bias=bias)
     _checks.same_device(OP, x=x, weight=weight, bias=bias)
     _checks.forward_only(OP, HINT, x, weight, bias)
     names = comm_name(group_ep), comm_name(group_tp)

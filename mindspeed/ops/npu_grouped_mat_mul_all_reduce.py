@@ -40,41 +40,61 @@ def npu_grouped_mat_mul_all_reduce(
     _checks.option(OP, "reduce_op", reduce_op, ("sum",))
     _checks.option(OP, "comm_turn", comm_turn, (0,))
     _checks.option(OP, "split_item", split_item, (0, 1, 2, 3))
-    for index, value in enumerate(x):
-        _checks.tensor(OP, f"x[{index}]", value)
-        _checks.require(OP, f"x[{index}]", 2 <= value.dim() <= 6, "must have 2 to 6 dimensions", tuple(value.shape))
-    splits = split_item in (1, 3)
-    _checks.require(OP, "group_list", (group_list is not None) == splits, "is for split_item 1 and 3", group_list)
-    if splits:
-        _checks.require(OP, "x", len(x) == 1 and x[0].dim() == 2, "must be one 2-D tensor for split_item 1 and 3", len(x))
-        sizes = host_sizes(OP, "group_list", group_list, x[0].shape[0], ENDS)
-        _checks.require(OP, "group_list", sum(sizes) == x[0].shape[0], f"must end with {x[0].shape[0]}", list(group_list))
-        x = list(x[0].split(sizes))
+    x = _split(x, group_list, split_item)
     weight = _unpacked(weight, len(x))
-    _checks.require(OP, "x", 0 < len(x) <= MOST, f"must give 1 to {MOST} products", len(x))
-    _checks.require(OP, "weight", len(weight) == len(x), f"must give {len(x)} matrices", len(weight))
-    _checks.require(OP, "bias", bias is None or len(bias) == len(x), f"must give {len(x)} vectors", bias and len(bias))
-    for index, (value, matrix) in enumerate(zip(x, weight, strict=True)):
-        _checks.tensor(OP, f"weight[{index}]", matrix, (value.dtype,), ndim=2)
-        inner = value.shape[-1]
-        _checks.require(OP, f"weight[{index}]", matrix.shape[0] == inner, f"must have {inner} rows", tuple(matrix.shape))
-        if bias is not None:
-            _checks.tensor(
-                OP, f"bias[{index}]", bias[index], (torch.float16 if value.dtype == torch.float16 else torch.float32,)
-            )
-            _checks.shape(OP, f"bias[{index}]", bias[index], (matrix.shape[1],))
+    _check_products(x, weight, bias)
     _checks.forward_only(OP, "use a differentiable grouped product and an all-reduce of their own", *x, *weight, *(bias or ()))
     results = torch.ops.mindspeed.grouped_mat_mul_all_reduce(x, weight, comm_name(hcomm), bias)
     return [torch.cat(results)] if split_item in (2, 3) else results
 
 
+def _split(x: list[Tensor], group_list: Sequence[int] | None, split_item: int) -> list[Tensor]:
+    """The left operands, one per product."""
+    for index, value in enumerate(x):
+        _checks.tensor(OP, f"x[{index}]", value)
+        _checks.require(OP, f"x[{index}]", 2 <= value.dim() <= 6, "must have 2 to 6 dimensions", tuple(value.shape))
+        flat = split_item == 0 or value.dim() == 2
+        _checks.require(OP, f"x[{index}]", flat, "must have 2 dimensions for split_item 1 to 3", tuple(value.shape))
+    splits = split_item in (1, 3)
+    _checks.require(OP, "group_list", (group_list is not None) == splits, "is for split_item 1 and 3", group_list)
+    if splits:
+        _checks.require(OP, "x", len(x) == 1, "must be one tensor for split_item 1 and 3", len(x))
+        ends = [int(end) for end in group_list]
+        sizes = host_sizes(OP, "group_list", ends, x[0].shape[0], ENDS)
+        _checks.require(OP, "group_list", sum(sizes) == x[0].shape[0], f"must end with {x[0].shape[0]}", ends)
+        x = list(x[0].split(sizes))
+    _checks.require(OP, "x", 0 < len(x) <= MOST, f"must give 1 to {MOST} products", len(x))
+    return x
+
+
+def _check_products(x: list[Tensor], weight: list[Tensor], bias: list[Tensor] | None) -> None:
+    _checks.require(OP, "weight", len(weight) == len(x), f"must give {len(x)} matrices", len(weight))
+    _checks.require(OP, "bias", bias is None or len(bias) == len(x), f"must give {len(x)} vectors", bias and len(bias))
+    bias_dtype = torch.float16 if x[0].dtype == torch.float16 else torch.float32
+    for index, (value, matrix) in enumerate(zip(x, weight, strict=True)):
+        _checks.dtype_of(OP, f"x[{index}]", value, x[0].dtype)
+        _checks.tensor(OP, f"weight[{index}]", matrix, (value.dtype,), ndim=2)
+        inner = value.shape[-1]
+        _checks.require(OP, f"weight[{index}]", matrix.shape[0] == inner, f"must have {inner} rows", tuple(matrix.shape))
+        if bias is not None:
+            _checks.tensor(OP, f"bias[{index}]", bias[index], (bias_dtype,))
+            _checks.shape(OP, f"bias[{index}]", bias[index], (matrix.shape[1],))
+    lists = {"x": x, "weight": weight, "bias": bias or []}
+    tensors = {f"{name}[{index}]": value for name, values in lists.items() for index, value in enumerate(values)}
+    _checks.same_device(OP, **tensors)
+
+
 def _unpacked(weight: list[Tensor], count: int) -> list[Tensor]:
     """One matrix per product from a list, one [G, K, N] or one [G*K, N]."""
-    if len(weight) != 1 or count == 1 and weight[0].dim() == 2:
+    for index, value in enumerate(weight):
+        _checks.tensor(OP, f"weight[{index}]", value, ndim=(2, 3) if len(weight) == 1 else 2)
+    if len(weight) != 1 or (count == 1 and weight[0].dim() == 2):
         return weight
     stacked = weight[0]
-    if stacked.dim() == 2 and stacked.shape[0] % count == 0:
-        stacked = stacked.unflatten(0, (count, -1))
+    if stacked.dim() == 2:
+        fits = stacked.shape[0] % count == 0
+        _checks.require(OP, "weight", fits, f"must have rows for {count} matrices", tuple(stacked.shape))
+        stacked = stacked.unflatten(0, (count, stacked.shape[0] // count))
     return list(stacked)
 
 

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from mindspeed.ops import _checks
 from mindspeed.ops._blocks import block_rows, row_blocks, widen
-from mindspeed.ops._registry import define, register_kernel
+from mindspeed.ops._groups import ENDS, SIZES, host_sizes
+from mindspeed.ops._registry import define, on_host, register_kernel, strict
 from mindspeed.ops._softmax_statistics import block_index, to_blocks, to_tokens
 
 OP = "npu_ring_attention_update"
+STATISTICS = (torch.float32, torch.float64)
 
 
 def npu_ring_attention_update(
@@ -42,8 +44,9 @@ def npu_ring_attention_update(
         "cur_softmax_sum": (cur_softmax_sum, prev_softmax_sum),
     }
     for name, (cur, prev) in pairs.items():
-        _checks.tensor(OP, name.replace("cur", "prev"), prev)
-        _checks.tensor(OP, name, cur)
+        dtypes = _checks.FLOATS if name == "cur_attn_out" else STATISTICS
+        _checks.tensor(OP, name.replace("cur", "prev"), prev, dtypes)
+        _checks.tensor(OP, name, cur, dtypes)
         _checks.shape(OP, name, cur, prev.shape)
         _checks.dtype_of(OP, name, cur, prev.dtype)
         _checks.same_device(OP, prev_attn_out=prev_attn_out, **{name: cur})
@@ -55,7 +58,9 @@ def npu_ring_attention_update(
         _checks.require(
             OP, "actual_seq_qlen", actual_seq_qlen is not None, "must be given for statistics in sequence blocks", None
         )
-        ends = _ends(actual_seq_qlen, prev_attn_out.device)
+        ends = _ends(actual_seq_qlen, prev_attn_out)
+    if out is not None:
+        _check_out(out, (prev_attn_out, prev_softmax_max, prev_softmax_sum))
     results = torch.ops.mindspeed.ring_attention_update(
         prev_attn_out,
         prev_softmax_max,
@@ -89,12 +94,26 @@ def _check_statistics(attn_out: Tensor, top: Tensor, total: Tensor, layout: str)
     _checks.shape(OP, "prev_softmax_sum", total, top.shape)
 
 
-def _ends(actual_seq_qlen: Tensor | Sequence[int], device: torch.device) -> Tensor:
-    """Cumulative ends with leading 0 as an int64 tensor on the device."""
-    if isinstance(actual_seq_qlen, Tensor):
-        _checks.tensor(OP, "actual_seq_qlen", actual_seq_qlen, (torch.int64,), ndim=1)
-        return actual_seq_qlen.to(device)
-    return torch.tensor([0, *actual_seq_qlen], dtype=torch.int64, device=device).cumsum(0)
+def _ends(actual_seq_qlen: Tensor | Sequence[int], attn_out: Tensor) -> Tensor:
+    """Cumulative ends with leading 0 as an int64 tensor on the device of the results [T, N, D]."""
+    name, (tokens, *_), device = "actual_seq_qlen", attn_out.shape, attn_out.device
+    if not isinstance(actual_seq_qlen, Tensor):
+        lengths = host_sizes(OP, name, actual_seq_qlen, tokens, SIZES)
+        return torch.tensor([0, *lengths], dtype=torch.int64, device=device).cumsum(0)
+    _checks.tensor(OP, name, actual_seq_qlen, (torch.int64,), ndim=1)
+    if on_host(actual_seq_qlen) or strict():
+        values = actual_seq_qlen.tolist()
+        _checks.require(OP, name, values[:1] == [0], "must hold cumulative ends with a leading 0", values)
+        host_sizes(OP, name, values[1:], tokens, ENDS)
+    return actual_seq_qlen.to(device)
+
+
+def _check_out(out: Sequence[Tensor], like: Sequence[Tensor]) -> None:
+    _checks.require(OP, "out", len(out) == 3, "must be three tensors", len(out))
+    for index, (target, value) in enumerate(zip(out, like, strict=True)):
+        _checks.tensor(OP, f"out[{index}]", target, (value.dtype,))
+        _checks.shape(OP, f"out[{index}]", target, value.shape)
+        _checks.same_device(OP, prev_attn_out=value, **{f"out[{index}]": target})
 
 
 def _weights(prev_max: Tensor, prev_sum: Tensor, cur_max: Tensor, cur_sum: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mindspeed.ops import _checks
+from mindspeed.ops._blocks import column_sums
 from mindspeed.ops._norms import blocked_norm, blocked_norm_backward, input_gradient, normalise
 from mindspeed.ops._registry import below_autograd, define, register_kernel
 
@@ -44,8 +45,7 @@ def _reference_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> 
     x_hat = x.to(wide) * rstd
     dy_wide = dy.to(wide)
     dx = input_gradient(dy_wide * weight.to(wide), x_hat, rstd, centre=False)
-    dweight = (dy_wide * x_hat).reshape(-1, x.shape[-1]).sum(0)
-    return dx.to(x.dtype).contiguous(), dweight.to(weight.dtype)
+    return dx.to(x.dtype).contiguous(), column_sums(dy_wide * x_hat).to(weight.dtype)
 
 
 def _fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

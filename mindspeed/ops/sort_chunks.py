@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mindspeed.ops import _checks
-from mindspeed.ops._registry import below_autograd, define, register_kernel, strict
+from mindspeed.ops._registry import below_autograd, define, on_host, register_kernel, strict
 
 OP = "sort_chunks"
 
@@ -19,15 +19,17 @@ def sort_chunks(x: Tensor, split_sizes: Tensor, order: Tensor) -> Tensor:
     x: [R, ...], any dtype; split_sizes: [C], sums to R; order: [C], a permutation; int32 or int64, on the CPU or on the device
     of x. No synchronisation. Keeps sizes and order.
     """
-    if not isinstance(x, Tensor) or x.dim() == 0:
-        raise TypeError(f"{OP}: x must be a tensor of at least 1 dimension, got {x!r}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{OP}: x must be a tensor, got {type(x).__name__}")
+    _checks.require(OP, "x", x.dim() >= 1, "must have at least 1 dimension", f"shape {tuple(x.shape)}")
     for name, value in (("split_sizes", split_sizes), ("order", order)):
         _checks.tensor(OP, name, value, _checks.INDICES, ndim=1)
         if value.device.type != "cpu" and value.device != x.device:
             raise RuntimeError(f"{OP}: {name} must be on {x.device} or on the CPU, got {value.device}")
     _checks.shape(OP, "order", order, split_sizes.shape)
+    readable = on_host(split_sizes) and on_host(order)
     split_sizes, order = (value.to(x.device, torch.int64) for value in (split_sizes, order))
-    if strict():
+    if readable or strict():
         _check_values(x, split_sizes.tolist(), order.tolist())
     return torch.ops.mindspeed.sort_chunks(x, split_sizes, order)
 
@@ -76,7 +78,5 @@ define(
 
 @register_kernel("sort_chunks", "aten", devices=("cpu",))
 def _cpu(x: Tensor, split_sizes: Tensor, order: Tensor) -> Tensor:
-    sizes, places = split_sizes.tolist(), order.tolist()
-    _check_values(x, sizes, places)
-    chunks = x.split(sizes)
-    return torch.cat([chunks[place] for place in places])
+    chunks = x.split(split_sizes.tolist())
+    return torch.cat([chunks[place] for place in order.tolist()])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mindspeed.ops import _checks
-from mindspeed.ops._blocks import block_rows, fresh, row_blocks, widen
+from mindspeed.ops._blocks import block_rows, column_sums, fresh, row_blocks, widen
 from mindspeed.ops._registry import below_autograd, define, register_kernel
 
 
@@ -78,7 +78,7 @@ def _reference_bias(x: Tensor, bias: Tensor) -> Tensor:
 def _reference_bias_backward(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     wide = _checks.wide_dtype(x)
     dx = _backward(dy.to(wide), x.to(wide) + bias.to(wide), -1)
-    return dx.to(x.dtype).contiguous(), dx.reshape(-1, bias.shape[0]).sum(0).to(bias.dtype)
+    return dx.to(x.dtype).contiguous(), column_sums(dx).to(bias.dtype)
 
 
 def _reference_weighted(x: Tensor, weights: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def test_operator_is_well_formed():
         ({"expert_tokens": [5]}, ValueError, "expert_tokens needs weights with experts"),
         ({"scale": torch.ones(1)}, ValueError, "scale is for int8 x"),
         ({"bias1": torch.ones(6).half()}, TypeError, "bias1 must have dtype float32"),
-        ({"output_dtype": torch.float16}, ValueError, "output_dtype must be torch.float32 here"),
+        ({"output_dtype": torch.float16}, ValueError, "output_dtype must be one of None, torch.float32, got torch.float16"),
         ({"x": torch.ones(4)}, ValueError, "x must have 2 to 8 dimensions"),
     ],
 )

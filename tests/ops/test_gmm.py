@@ -187,7 +187,7 @@ def test_published_form_of_backward():
 @pytest.mark.parametrize("sizes", [[3, 4, 5], [0, 7, 5], [4, 8, 0], [2, 1, 3]])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_body_on_grouped_mm_agrees_with_the_reference(sizes, transposed):
-    from mindspeed.ops import gmm as module
+    from mindspeed.ops import _gmm as module
 
     x, weight, bias = (value.detach() for value in inputs(torch.bfloat16, n=16, bias=True, transposed=transposed))
     dy = torch.randn(12, 16).bfloat16()

@@ -97,7 +97,7 @@ def test_errors():
     x = torch.ones(2, 4)
     with pytest.raises(ValueError, match=r"layer_norm: bias must have shape \(4,\), got \(3,\)"):
         layer_norm(x, torch.ones(4), torch.ones(3))
-    with pytest.raises(TypeError, match="layer_norm: weight must have dtype float32 or float32, got float16"):
+    with pytest.raises(TypeError, match="layer_norm: weight must have dtype float32, got float16"):
         layer_norm(x, torch.ones(4).half())
     with pytest.raises(ValueError, match="epsilon must not be negative"):
         layer_norm(x, torch.ones(4), None, -1e-5)

@@ -26,7 +26,8 @@ def ran_triton(*names):
 @pytest.mark.parametrize("ends", GROUPS.values(), ids=GROUPS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_gmm(dtype, ends, transposed):
-    from mindspeed.ops.gmm import _reference, npu_gmm
+    from mindspeed.ops._gmm import _reference
+    from mindspeed.ops.gmm import npu_gmm
     from mindspeed.testing.operators import assert_operator_accurate
 
     weight = normal(3, 9, 21, dtype=dtype).detach().transpose(1, 2) if transposed else normal(3, 21, 9, dtype=dtype)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mindspeed.ops._gmm import weight_like
 from mindspeed.ops._groups import ends_of
-from mindspeed.ops.gmm import _weight_like
 from mindspeed.ops.kernels.triton._grouped import grouped_multiply, grouped_weight_gradient
 from mindspeed.ops.kernels.triton._launch import triton_body
 
@@ -41,7 +41,7 @@ def gmm_backward(
     """Gradients of x, weight (in its storage layout) and bias."""
     ends, nothing = ends_of(group_list, group_list_type), x.new_empty(0)
     dx = grouped_multiply(dy, weight.transpose(1, 2), None, ends) if need_dx else nothing
-    dweight = grouped_weight_gradient(x, dy, ends, _weight_like(weight), accumulate=False) if need_dweight else nothing
+    dweight = grouped_weight_gradient(x, dy, ends, weight_like(weight), accumulate=False) if need_dweight else nothing
     return dx, dweight, _group_sums(dy, ends) if need_dbias else nothing
 
 
