@@ -9,7 +9,7 @@ import torch
 
 from benchmarks._case import Check, Counted, Run, case
 from benchmarks.cp._setup import attention, both_ways, error_on_rank, groups_of, relative, share, whole_inputs
-from mindspeed.core.attention import Accumulator
+from mindspeed.core.attention import Accumulator, GradientSum
 from mindspeed.core.context_parallel.groups import ContextGroups
 from mindspeed.core.context_parallel.layout import SequenceLayout
 from mindspeed.core.context_parallel.plan import GATHER, HYBRID, RING, ULYSSES, ContextPlan
@@ -225,12 +225,12 @@ def _ring_in_one_process(tensors: list[torch.Tensor], ring: int) -> list[torch.T
         keys = {block: [whole[place][:, :, index[block]] for place in (1, 2)] for block in blocks}
         total = Accumulator(q, q.shape[-1])
         states = {block: forward_block(q, *keys[block], work[block], total) for block in blocks}
-        out, dq = total.out.to(q.dtype), torch.zeros_like(q, dtype=torch.float32)
+        out, dq = total.out.to(q.dtype), GradientSum(q)
         for block in reversed(blocks):
             parts = backward_block((grad, q, out, total.lse), *keys[block], work[block], states[block], dq)
             for result, part in zip(results[2:], parts, strict=True):
                 result[:, :, index[block]] += part
-        results[0][:, :, index[rank]], results[1][:, :, index[rank]] = out.float(), dq
+        results[0][:, :, index[rank]], results[1][:, :, index[rank]] = out.float(), dq.total
     return [result.to(q.dtype).permute(2, 0, 1, 3) for result in results]
 
 

@@ -3,13 +3,14 @@
 from mindspeed.core.attention.contract import CAUSAL, FULL, Scoring, Visibility
 from mindspeed.core.attention.dispatch import attend, attend_backward
 from mindspeed.core.attention.dropout import Dropout
-from mindspeed.core.attention.merge import Accumulator, merge, merge_fused
+from mindspeed.core.attention.merge import Accumulator, GradientSum, merge, merge_fused
 
 __all__ = [
     "CAUSAL",
     "FULL",
     "Accumulator",
     "Dropout",
+    "GradientSum",
     "Scoring",
     "Visibility",
     "attend",

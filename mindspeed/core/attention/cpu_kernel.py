@@ -37,7 +37,7 @@ class CpuKernel:
         q, k, v = _equal_head_sizes(q, k, v)
         if scoring.is_plain:
             out, lse = _forward(q, k, v, 0.0, scoring.visible.is_causal, attn_mask=None, scale=scoring.scale)
-            return out[..., :value_dim], lse, None
+            return _trimmed(out, value_dim), lse, None
         out = torch.zeros_like(q)
         lse = q.new_full(q.shape[:-1], float("-inf"), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
         for rows, keys, mask in masked_parts(q, k, scoring, ROWS):
@@ -50,7 +50,7 @@ class CpuKernel:
                 lse_part = lse_part.masked_fill(blind, float("-inf"))
                 out_part = out_part.masked_fill(blind[..., None], 0.0)
             out[:, :, part], lse[:, :, part] = out_part, lse_part
-        return out[..., :value_dim], lse, None
+        return _trimmed(out, value_dim), lse, None
 
     def backward(
         self,
@@ -100,3 +100,8 @@ def _equal_head_sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, 
     """Zero-pad the narrower head size; exact, because padded columns add nothing to scores or output."""
     size = max(q.shape[-1], v.shape[-1])
     return tuple(F.pad(tensor, (0, size - tensor.shape[-1])) if tensor.shape[-1] < size else tensor for tensor in (q, k, v))  # type: ignore[return-value]
+
+
+def _trimmed(out: Tensor, size: int) -> Tensor:
+    """`out` without padded columns, which would be kept for backward with it."""
+    return out if out.shape[-1] == size else out[..., :size].clone()

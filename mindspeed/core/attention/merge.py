@@ -30,7 +30,8 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     total = share_a + share_b
     norm = torch.where(total == 0, torch.ones_like(total), total)
     weight_a, weight_b = (share_a / norm).unsqueeze(-1), (share_b / norm).unsqueeze(-1)
-    return out_a.to(weight_a.dtype) * weight_a + out_b.to(weight_b.dtype) * weight_b, top + total.log()
+    out = (out_b * weight_b).addcmul_(out_a.to(weight_a.dtype), weight_a)
+    return out, top + total.log()
 
 
 def merge_fused(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,28 +54,68 @@ Merge = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Accumulator:
-    """Attention of a block of queries, growing tile by tile."""
+    """Attention of a block of queries, growing tile by tile.
+
+    Attributes:
+        out: [B, N, S, Dv], fp32 (fp64 for fp64) once tiles were merged, as the kernel returned it while there is only one.
+        lse: [B, N, S], fp32 (fp64 for fp64).
+    """
 
     def __init__(self, query: Tensor, value_dim: int, merge: Merge = merge) -> None:
         """Start with no key seen, for query [B, N, S, D]; `merge` or `merge_fused` joins the tiles."""
         self._merge = merge
-        dtype = statistics_dtype(query.dtype)
-        self.out = query.new_zeros((*query.shape[:-1], value_dim), dtype=dtype)
-        self.lse = query.new_full(query.shape[:-1], float("-inf"), dtype=dtype)
-        self._untouched = True
+        self._query, self._value_dim = query, value_dim
+        self._total: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def out(self) -> Tensor:
+        """Attention over the keys of all tiles so far."""
+        return self._result()[0]
+
+    @property
+    def lse(self) -> Tensor:
+        """Log-sum-exp of the scores of all tiles so far."""
+        return self._result()[1]
 
     def add(self, out: Tensor, lse: Tensor, rows: slice = slice(None), samples: slice = slice(None)) -> None:
         """Merge the result of one more tile that covers `rows` of the queries of `samples`."""
-        part = (samples, slice(None), rows)
-        if lse.shape != self.lse.shape:
-            self._own()
-            self.out[part], self.lse[part] = self._merge(self.out[part], self.lse[part], out, lse)
-        elif self._untouched:
-            self.out, self.lse = out.to(self.out.dtype), lse.to(self.lse.dtype)
+        part, whole = (samples, slice(None), rows), lse.shape == self._query.shape[:-1]
+        if whole and self._total is None:
+            self._total = out, lse
+        elif whole:
+            self._total = self._merge(*self._result(), out, lse)
         else:
-            self.out, self.lse = self._merge(self.out, self.lse, out, lse)
-        self._untouched = False
+            total, total_lse = self._result()
+            total = total.to(total_lse.dtype)
+            total[part], total_lse[part] = self._merge(total[part], total_lse[part], out, lse)
+            self._total = total, total_lse
 
-    def _own(self) -> None:
-        """Make writing in place safe: the first tile's tensors may be views of a kernel's result."""
-        self.out, self.lse = self.out.contiguous(), self.lse.contiguous()
+    def _result(self) -> tuple[Tensor, Tensor]:
+        if self._total is None:
+            query, dtype = self._query, statistics_dtype(self._query.dtype)
+            out = query.new_zeros((*query.shape[:-1], self._value_dim), dtype=dtype)
+            self._total = out, query.new_full(query.shape[:-1], float("-inf"), dtype=dtype)
+        return self._total
+
+
+class GradientSum:
+    """Gradient of a tensor, growing part by part; in fp32 (fp64 for fp64), unless one part is all there is."""
+
+    def __init__(self, like: Tensor) -> None:
+        """Start with zero, for a tensor of this shape."""
+        self._like, self._total, self._dtype = like, None, statistics_dtype(like.dtype)
+
+    def add(self, part: Tensor, place: tuple[slice, ...] = ()) -> None:
+        """Add a part at its place in the tensor."""
+        if self._total is None and part.shape == self._like.shape:
+            self._total = part
+            return
+        if self._total is None:
+            self._total = torch.zeros_like(self._like, dtype=self._dtype)
+        self._total = self._total.to(self._dtype)
+        self._total[place].add_(part)
+
+    @property
+    def total(self) -> Tensor:
+        """The sum so far."""
+        return torch.zeros_like(self._like, dtype=self._dtype) if self._total is None else self._total

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from mindspeed.core.context_parallel.adaptive.adaptive_attention import AdaptivePlan, adaptive_attention
 from mindspeed.core.context_parallel.exchange import Exchange, Mailbox
 from mindspeed.core.context_parallel.gathered_attention import (
     GatheredPlan,
     HeadMove,
+    Move,
     SequenceMove,
     gathered_attention,
     heads_first,
@@ -37,9 +40,9 @@ class Stay:
         """Unchanged."""
         return local
 
-    def reduce(self, gradient: Tensor) -> Tensor:
-        """Unchanged."""
-        return gradient
+    def reduce(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        """Its dtype alone changes."""
+        return gradient.to(dtype)
 
 
 def context_attention(
@@ -89,29 +92,23 @@ def _ring(
     policy: str | None,
 ) -> Tensor:
     """Ring over `cp_ring`, inside an exchange of heads over `cp_ulysses` for the hybrid algorithm."""
-    ring = groups.get("cp_ring")
-    ulysses = groups.get("cp_ulysses")
+    ring, inner = groups.get("cp_ring"), groups.get("cp_ring_intra")
     assert ring is not None
-    heads = q.shape[2]
-    if ulysses is not None:
-        repeats = repeats_needed(k.shape[2], plan.ulysses)
-        if repeats > 1:
-            k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
-        q, k, v = sequence_to_heads((q, k, v), ulysses)
-        options = _own_heads(options, heads, dist.get_rank(ulysses), plan.ulysses)
-    inner = groups.get("cp_ring_intra")
-    context = RingContext(
-        Exchange(ring, groups.get("cp2")),
-        dist.get_rank(ring),
-        layout,
-        replace(options, memory_order=plan.memory_order),
-        inner=None if inner is None else _window_exchange(groups),
-        window=plan.window,
-        cache=policy or "none",
-        fused_update=plan.fused_update,
-    )
-    out = sequence_first(ring_attention(heads_first(q), heads_first(k), heads_first(v), context))
-    return out if ulysses is None else heads_to_sequence(out, ulysses)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        context = RingContext(
+            Exchange(ring, groups.get("cp2")),
+            dist.get_rank(ring),
+            layout,
+            replace(options, memory_order=plan.memory_order),
+            inner=None if inner is None else Exchange(inner, groups.get("cp_ring_intra_overlap"), addresses=ring),
+            window=plan.window,
+            cache=policy or "none",
+            fused_update=plan.fused_update,
+        )
+        return sequence_first(ring_attention(heads_first(q), heads_first(k), heads_first(v), context))
+
+    return _with_some_heads(attention, q, k, v, groups.get("cp_ulysses"), options)
 
 
 def _adaptive(
@@ -124,32 +121,21 @@ def _adaptive(
     options: AttentionOptions,
 ) -> Tensor:
     """A schedule of tiles over `cp_ring`, inside an exchange of heads over `cp_ulysses` for the hybrid algorithm."""
-    ring, ulysses = groups.get("cp_ring"), groups.get("cp_ulysses")
-    assert ring is not None and layout.rounds is not None
-    if ulysses is not None:
-        repeats = repeats_needed(k.shape[2], plan.ulysses)
-        if repeats > 1:
-            k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
-        options = _own_heads(options, q.shape[2], dist.get_rank(ulysses), plan.ulysses)
-        q, k, v = sequence_to_heads((q, k, v), ulysses)
-    batch = q.shape[1]
-    steps = AdaptivePlan(
-        layout.rounds,
-        dist.get_rank(ring),
-        plan.ring,
-        Mailbox(ring),
-        lambda task: plan_tile(layout, task.row, task.column, batch, options),
-    )
-    out = sequence_first(adaptive_attention(heads_first(q), heads_first(k), heads_first(v), steps))
-    return out if ulysses is None else heads_to_sequence(out, ulysses)
+    ring, rounds = groups.get("cp_ring"), layout.rounds
+    assert ring is not None and rounds is not None
 
+    def attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        batch = q.shape[1]
+        steps = AdaptivePlan(
+            rounds,
+            dist.get_rank(ring),
+            plan.ring,
+            Mailbox(ring),
+            lambda task: plan_tile(layout, task.row, task.column, batch, options),
+        )
+        return sequence_first(adaptive_attention(heads_first(q), heads_first(k), heads_first(v), steps))
 
-def _window_exchange(groups: ContextGroups) -> Exchange:
-    """Transfers inside a window, addressed by ranks of the whole ring."""
-    inner = groups.get("cp_ring_intra")
-    ring = groups.get("cp_ring")
-    assert inner is not None and ring is not None
-    return Exchange(inner, groups.get("cp_ring_intra_overlap"), addresses=ring)
+    return _with_some_heads(attention, q, k, v, groups.get("cp_ulysses"), options)
 
 
 def _ulysses(
@@ -165,19 +151,16 @@ def _ulysses(
     """Exchange heads against sequence; keys by exchange too, or gathered; kept as gathered, or gathered again."""
     group = groups.cp
     assert group is not None
-    options = _own_heads(options, q.shape[2], dist.get_rank(group), plan.size)
-    batch = q.shape[1]
-    if policy is None and not plan.allgather_kv:
-        repeats = repeats_needed(k.shape[2], plan.size)
-        if repeats > 1:
-            k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
-        q, k, v = sequence_to_heads((q, k, v), group)
-        out = gathered_attention(q, k, v, GatheredPlan(Stay(), plan_work(layout, 0, 0, batch, options)))
-    else:
-        move = SequenceMove(group) if plan.allgather_kv else HeadMove(group, k.shape[2])
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, move: Move = Stay()) -> Tensor:
         keep = "gathered" if policy is None else CACHED_ULYSSES[policy]
-        (q,) = sequence_to_heads((q,), group)
-        out = gathered_attention(q, k, v, GatheredPlan(move, plan_work(layout, 0, 0, batch, options), keep))
+        return gathered_attention(q, k, v, GatheredPlan(move, plan_work(layout, 0, 0, q.shape[1], options), keep))
+
+    if policy is None and not plan.allgather_kv:
+        return _with_some_heads(attention, q, k, v, group, options)
+    move = SequenceMove(group) if plan.allgather_kv else HeadMove(group, k.shape[2])
+    (query,) = sequence_to_heads((q,), group)
+    out = attention(query, k, v, _own_heads(options, q.shape[2], group), move)
     return heads_to_sequence(out, group)
 
 
@@ -198,11 +181,30 @@ def _chunks(layout: SequenceLayout) -> Segments:
     return tuple(sorted(segment for rank in range(layout.ranks) for segment in layout.segments(rank)))
 
 
-def _own_heads(options: AttentionOptions, heads: int, rank: int, degree: int) -> AttentionOptions:
+def _with_some_heads(
+    attention: Callable[[Tensor, Tensor, Tensor, AttentionOptions], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group: ProcessGroup | None,
+    options: AttentionOptions,
+) -> Tensor:
+    """Attention inside an exchange of heads against sequence over the ranks of a group; without one, attention as it is."""
+    if group is None:
+        return attention(q, k, v, options)
+    repeats = repeats_needed(k.shape[2], dist.get_world_size(group))
+    if repeats > 1:
+        k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
+    inside = sequence_to_heads((q, k, v), group)
+    return heads_to_sequence(attention(*inside, _own_heads(options, q.shape[2], group)), group)
+
+
+def _own_heads(options: AttentionOptions, heads: int, group: ProcessGroup) -> AttentionOptions:
     """Options for the heads that a Ulysses rank computes: its ALiBi slopes, and its part of the dropout mask."""
-    share = heads // degree
+    share = heads // dist.get_world_size(group)
+    first = dist.get_rank(group) * share
     if options.slopes is not None:
-        options = replace(options, slopes=options.slopes[rank * share : (rank + 1) * share])
+        options = replace(options, slopes=options.slopes[first : first + share])
     if options.dropout is not None:
-        options = replace(options, dropout=options.dropout.of_heads(rank * share))
+        options = replace(options, dropout=options.dropout.of_heads(first))
     return options

@@ -74,9 +74,13 @@ class Packed:
         self.flat = flat
 
     @classmethod
-    def of(cls, *parts: Tensor) -> Packed:
-        """Copy the parts, of one dtype, into a message."""
-        return cls([part.shape for part in parts], torch.cat([part.reshape(-1) for part in parts]))
+    def of(cls, *parts: Tensor, dtype: torch.dtype | None = None) -> Packed:
+        """Copy the parts into a message of the first one's dtype, or another."""
+        size = sum(part.numel() for part in parts)
+        packed = cls([part.shape for part in parts], parts[0].new_empty(size, dtype=dtype))
+        for room, part in zip(packed.split(packed.flat), parts, strict=True):
+            room.copy_(part)
+        return packed
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Tensors of a message of this form, as views."""

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from mindspeed.core.attention import Accumulator
+from mindspeed.core.attention import Accumulator, GradientSum
+from mindspeed.core.attention.contract import statistics_dtype
 from mindspeed.core.context_parallel.ulysses import repeats_needed, scatter_heads, scatter_sequence
 from mindspeed.core.context_parallel.work import Work, backward_block, forward_block
 
@@ -29,8 +30,8 @@ class Move(Protocol):
         """[S, b, heads, d] in the order that the plan of work expects."""
         ...
 
-    def reduce(self, gradient: Tensor) -> Tensor:
-        """This rank's [s, b, g, d] of the summed gradient."""
+    def reduce(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        """This rank's [s, b, g, d] of the summed gradient, in this dtype."""
         ...
 
 
@@ -46,9 +47,9 @@ class HeadMove:
         repeats = repeats_needed(self.groups, dist.get_world_size(self.group))
         return scatter_heads((local.repeat_interleave(repeats, 2) if repeats > 1 else local,), self.group)[0]
 
-    def reduce(self, gradient: Tensor) -> Tensor:
+    def reduce(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         """See `Move`; copies of a head are summed."""
-        whole = scatter_sequence((gradient,), self.group)[0]
+        whole = scatter_sequence((gradient.to(dtype),), self.group)[0]
         repeats = whole.shape[2] // self.groups
         return whole.unflatten(2, (self.groups, repeats)).sum(3) if repeats > 1 else whole
 
@@ -66,13 +67,14 @@ class SequenceMove:
         dist.all_gather_into_tensor(whole, local.contiguous(), group=self.group)
         return whole if self.order is None else whole.index_select(0, self.order)
 
-    def reduce(self, gradient: Tensor) -> Tensor:
-        """See `Move`; the sum is taken in the gradient's dtype, fp32."""
+    def reduce(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Move`; the sum over ranks is taken in fp32."""
+        gradient = gradient.to(statistics_dtype(dtype))
         if self.order is not None:
             gradient = torch.empty_like(gradient).index_copy_(0, self.order, gradient)
         part = gradient.new_empty((gradient.shape[0] // dist.get_world_size(self.group), *gradient.shape[1:]))
         dist.reduce_scatter_tensor(part, gradient.contiguous(), group=self.group)
-        return part
+        return part.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,8 @@ class _GatheredAttention(torch.autograd.Function):
         key = key if keep_key else plan.move.gather(key)
         value = value if keep_value else plan.move.gather(value)
         query = heads_first(q)
-        dq = torch.zeros_like(query, dtype=lse.dtype)
+        dq = GradientSum(query)
         saved = (heads_first(grad_out), query, out, lse)
         dk, dv = backward_block(saved, heads_first(key), heads_first(value), plan.work, ctx.states, dq)
-        dk, dv = (plan.move.reduce(sequence_first(gradient)).to(q.dtype) for gradient in (dk, dv))
-        return sequence_first(dq).to(q.dtype), dk, dv, None
+        dk, dv = (plan.move.reduce(sequence_first(gradient), q.dtype) for gradient in (dk, dv))
+        return sequence_first(dq.total).to(q.dtype), dk, dv, None

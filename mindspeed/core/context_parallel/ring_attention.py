@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed.core.attention import Accumulator, merge, merge_fused
+from mindspeed.core.attention import Accumulator, GradientSum, merge, merge_fused
 from mindspeed.core.context_parallel.exchange import Exchange, Packed
 from mindspeed.core.context_parallel.layout import SequenceLayout
 from mindspeed.core.context_parallel.work import AttentionOptions, Work, backward_block, forward_block, plan_work
@@ -195,16 +195,16 @@ class _RingAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, out, lse, carried, *kept = ctx.saved_tensors
         context: RingContext = ctx.context
-        dq = torch.zeros_like(q, dtype=lse.dtype, memory_format=torch.contiguous_format)
+        dq = GradientSum(q)
         gradient = _TravellingGradient(context)
         for step, key, value in _blocks_backward(ctx, carried, dict(zip(ctx.kept_blocks, kept, strict=True))):
             work = context.work(step.block, q.shape[0])
             parts = backward_block((grad_out, q, out, lse), key, value, work, ctx.states[step.block], dq)
-            gradient.add(step, torch.cat([part.reshape(-1) for part in parts]))
+            gradient.add(step, Packed.of(*parts, dtype=lse.dtype).flat)
         key_shape, value_shape = ctx.buffer_shapes
         flat = gradient.home
         dk, dv = flat[: key_shape.numel()].view(key_shape), flat[key_shape.numel() :].view(value_shape)
-        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), None
+        return dq.total.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), None
 
 
 def _blocks_backward(ctx: Any, carried: Tensor, kept: dict[int, Tensor]) -> Iterator[tuple[Step, Tensor, Tensor]]:
@@ -238,7 +238,7 @@ class _TravellingGradient:
         """Add this rank's part for the block at hand and send the sum after the block."""
         if self._incoming is not None:
             self._stack.close()
-            own = own + self._incoming.tensor
+            own += self._incoming.tensor
             self._incoming = None
         route, exchange = self.route, self.context.exchange
         if step.send_inner:

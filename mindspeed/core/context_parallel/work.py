@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from mindspeed.core.attention import FULL, Accumulator, Dropout, Scoring, attend, attend_backward
+from mindspeed.core.attention import FULL, Accumulator, Dropout, GradientSum, Scoring, attend, attend_backward
 from mindspeed.core.attention.bias import AlibiBias, MaskBias, SumOfBiases
 from mindspeed.core.attention.contract import Bias, Visibility
 from mindspeed.core.context_parallel.layout import SequenceLayout, positions_of, tiles_between
@@ -153,21 +152,23 @@ def forward_block(q: Tensor, k: Tensor, v: Tensor, work: tuple[Work, ...], total
 
 
 def backward_block(
-    saved: tuple[Tensor, Tensor, Tensor, Tensor], k: Tensor, v: Tensor, work: tuple[Work, ...], states: list[object], dq: Tensor
+    saved: tuple[Tensor, Tensor, Tensor, Tensor],
+    k: Tensor,
+    v: Tensor,
+    work: tuple[Work, ...],
+    states: list[object],
+    dq: GradientSum,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of one block pair: adds to `dq`, returns (dk, dv) of the block in fp32.
+    """Gradients of one block pair: adds to `dq`, returns (dk, dv) of the block, in fp32 if several tiles add to them.
 
     Args:
         saved: grad_out, q, out, lse of the queries of this rank.
     """
     grad_out, q, out, lse = saved
-    dk, dv = torch.zeros_like(k, dtype=dq.dtype), torch.zeros_like(v, dtype=dq.dtype)
+    dk, dv = GradientSum(k), GradientSum(v)
     for tile, state in zip(work, states, strict=True):
         rows, keys = (tile.samples, slice(None), tile.rows), (tile.samples, slice(None), tile.keys)
-        dq_part, dk_part, dv_part = attend_backward(
-            grad_out[rows], q[rows], k[keys], v[keys], out[rows], lse[rows], tile.scoring, state
-        )
-        dq[rows] += dq_part
-        dk[keys] += dk_part
-        dv[keys] += dv_part
-    return dk, dv
+        parts = attend_backward(grad_out[rows], q[rows], k[keys], v[keys], out[rows], lse[rows], tile.scoring, state)
+        for total, part, place in zip((dq, dk, dv), parts, (rows, keys, keys), strict=True):
+            total.add(part, place)
+    return dk.total, dv.total

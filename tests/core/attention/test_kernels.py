@@ -12,6 +12,7 @@ from mindspeed.core.attention import (
     FULL,
     Accumulator,
     Dropout,
+    GradientSum,
     Scoring,
     Visibility,
     attend,
@@ -161,6 +162,25 @@ def test_rows_can_be_updated_in_part():
     bias[:4, 8:] = float("-inf")
     truth, _ = dense(q, torch.cat([k, more_k], 2), torch.cat([v, more_v], 2), Scoring(0.3, FULL, bias))
     assert_near(total.out, truth, torch.float32)
+
+
+def test_one_tile_stays_as_it_is_and_more_are_summed_wide():
+    """Rule 6 of the specification, without a pass over memory where there is nothing to sum."""
+    like = torch.randn(1, 2, 5, 4, dtype=torch.bfloat16)
+    first, second = torch.randn_like(like), torch.randn_like(like[:, :, 2:])
+    total, gradient = Accumulator(like, 4), GradientSum(like)
+    assert gradient.total.dtype == torch.float32 and not gradient.total.any() and not total.out.any()
+    total = Accumulator(like, 4)
+    total.add(first, torch.zeros(1, 2, 5))
+    gradient.add(first.clone(), (slice(None), slice(None), slice(0, 5)))
+    assert total.out is first and torch.equal(gradient.total, first) and gradient.total.dtype == torch.bfloat16
+    total.add(second, torch.zeros(1, 2, 3), rows=slice(2, 5))
+    gradient.add(second, (slice(None), slice(None), slice(2, 5)))
+    expected = first.float()
+    expected[:, :, 2:] += second.float()
+    assert gradient.total.dtype == total.out.dtype == torch.float32 and torch.equal(gradient.total, expected)
+    expected[:, :, 2:] /= 2
+    torch.testing.assert_close(total.out, expected)
 
 
 @pytest.mark.parametrize("merge", [merge, merge_fused], ids=["plain", "fused"])

@@ -6,8 +6,10 @@ from itertools import permutations
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mindspeed.core.attention import Scoring
+from mindspeed.core.context_parallel.context_attention import context_attention
 from mindspeed.core.context_parallel.gathered_attention import (
     GatheredPlan,
     HeadMove,
@@ -16,8 +18,10 @@ from mindspeed.core.context_parallel.gathered_attention import (
     heads_first,
     sequence_first,
 )
+from mindspeed.core.context_parallel.groups import ContextGroups
 from mindspeed.core.context_parallel.layout import SequenceLayout, positions_of
 from mindspeed.core.context_parallel.placement import Segment
+from mindspeed.core.context_parallel.plan import ULYSSES, ContextPlan
 from mindspeed.core.context_parallel.ring_attention import RingContext, ring_attention
 from mindspeed.core.context_parallel.tiles import plan_tiles
 from mindspeed.core.context_parallel.ulysses import heads_to_sequence, repeats_needed, sequence_to_heads
@@ -123,6 +127,60 @@ def test_exchanges_bytes_and_saved_bytes(world):
         assert counted.calls("all_to_all") == 4 + again
     gain = (4 - 1) * k.numel() * element  # one key head repeated four times, of which a rank holds one for 4 s tokens
     assert sizes["gathered"] - sizes["half"] == gain and sizes["half"] - sizes["local"] == gain
+
+
+class Copies(TorchDispatchMode):
+    """Elements that copies and casts write."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("copy_", "clone", "_to_copy", "cat", "add_", "zero_", "fill_"):
+            self.elements += result.numel()
+        return result
+
+
+@pytest.mark.counted
+@ranks(4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_each_tensor_is_copied_into_a_message_and_out_of_one(world, dtype):
+    """Nothing else moves data around the exchanges: one tile is neither widened nor added to zeros."""
+    plan, groups = ContextPlan(ULYSSES, 4), ContextGroups()
+    groups.create(plan, world.group, overlap=False)
+    layout = plan.layout(S)
+    q, k, v, grad_out = (
+        sequence_first(t).detach().requires_grad_() for t in shares(draw(S, heads=8, groups=8, dtype=dtype), layout, world.rank)
+    )
+
+    def attention():
+        return context_attention(q, k, v, plan=plan, groups=groups, layout=layout, options=OPTIONS)
+
+    attention()  # the first call of a shape compares it between ranks
+    with Copies() as forward:
+        out = attention()
+    with Copies() as backward:
+        torch.autograd.grad(out, (q, k, v), grad_out)
+    assert forward.elements == backward.elements == 2 * 4 * q.numel()
+    groups.drop()
+
+
+@ranks(4)
+def test_policies_give_equal_bits_with_several_tiles(world):
+    """bf16 and documents: each key gradient is summed from tiles in fp32, cast, exchanged, and summed over copies of its head."""
+    groups, results = ContextGroups(), {}
+    layout = SequenceLayout(S, ulysses=4, boundaries=DOCUMENTS)
+    inputs = [sequence_first(t).detach().requires_grad_() for t in shares(draw(S, dtype=torch.bfloat16), layout, world.rank)]
+    for policy in (None, "half", "full"):
+        plan = ContextPlan(ULYSSES, 4, cache=policy)
+        groups.create(plan, world.group, overlap=False)
+        out = context_attention(*inputs[:3], plan=plan, groups=groups, layout=layout, options=OPTIONS)
+        results[policy] = [out.detach(), *torch.autograd.grad(out, inputs[:3], inputs[3])]
+        groups.drop()
+    for policy in ("half", "full"):
+        assert all(torch.equal(ours, plain) for ours, plain in zip(results[policy], results[None], strict=True))
 
 
 def gathered_keys(world, layout, keep="gathered"):

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed.core.attention import Accumulator
+from mindspeed.core.attention import Accumulator, GradientSum
+from mindspeed.core.attention.contract import statistics_dtype
 from mindspeed.core.context_parallel.adaptive.schedule import Round, Task
 from mindspeed.core.context_parallel.exchange import Mailbox, Packed, Pending
 from mindspeed.core.context_parallel.work import Work, backward_block, forward_block
@@ -154,7 +155,7 @@ class _Forward(_Pass):
         if task.kind == "help":
             result = Accumulator(received[0], self.keys.shapes[1][-1])
             self.states[task] = forward_block(received[0], *self.keys.split(self.keys.flat), work, result)
-            return result.out.contiguous(), result.lse.contiguous()
+            return result.out.to(result.lse.dtype).contiguous(), result.lse.contiguous()
         flat = received[0] if task.kind == "fetch" else self.keys.flat
         self.states[task] = forward_block(self.q, *self.keys.split(flat), work, self.total)
         return ()
@@ -163,9 +164,8 @@ class _Forward(_Pass):
         return task.row if task.kind == "help" else None
 
     def result_buffers(self, task: Task) -> tuple[Tensor, ...]:
-        return torch.empty_like(self.total.out, memory_format=torch.contiguous_format), torch.empty_like(
-            self.total.lse, memory_format=torch.contiguous_format
-        )
+        rows, dtype = self.q.shape[:-1], statistics_dtype(self.q.dtype)
+        return self.q.new_empty((*rows, self.keys.shapes[1][-1]), dtype=dtype), self.q.new_empty(rows, dtype=dtype)
 
     def collect(self, task: Task, results: list[Tensor]) -> None:
         self.total.add(*results)
@@ -177,7 +177,7 @@ class _Backward(_Pass):
         self.grad_out, self.q, k, v, self.out, self.lse = saved
         self.keys, self.queries = Packed.of(k, v), Packed.of(self.q, self.grad_out, self.out)
         self.states = states
-        self.dq = torch.zeros_like(self.q, dtype=self.lse.dtype, memory_format=torch.contiguous_format)
+        self.dq = GradientSum(self.q)
         self.dkv = torch.zeros_like(self.keys.flat, dtype=self.lse.dtype)
 
     def inputs(self, kind: str) -> tuple[Tensor, ...]:
@@ -187,12 +187,12 @@ class _Backward(_Pass):
         work, states = self.plan.work_of(task), self.states[task]
         if task.kind == "help":
             q, grad_out, out = self.queries.split(received[0])
-            dq = torch.zeros_like(self.dq)
+            dq = GradientSum(q)
             key, value = self.keys.split(self.keys.flat)
-            self.dkv += _flat(backward_block((grad_out, q, out, received[1]), key, value, work, states, dq))
-            return (dq,)
+            self.dkv += self._flat(backward_block((grad_out, q, out, received[1]), key, value, work, states, dq))
+            return (dq.total.to(self.lse.dtype).contiguous(),)
         key, value = self.keys.split(received[0] if task.kind == "fetch" else self.keys.flat)
-        dkv = _flat(backward_block((self.grad_out, self.q, self.out, self.lse), key, value, work, states, self.dq))
+        dkv = self._flat(backward_block((self.grad_out, self.q, self.out, self.lse), key, value, work, states, self.dq))
         if task.kind == "fetch":
             return (dkv,)
         self.dkv += dkv
@@ -202,15 +202,18 @@ class _Backward(_Pass):
         return {"local": None, "fetch": task.column, "help": task.row}[task.kind]
 
     def result_buffers(self, task: Task) -> tuple[Tensor, ...]:
-        return (torch.empty_like(self.dkv if task.kind == "fetch" else self.dq),)
+        if task.kind == "fetch":
+            return (torch.empty_like(self.dkv),)
+        return (self.q.new_empty(self.q.shape, dtype=self.lse.dtype),)
 
     def collect(self, task: Task, results: list[Tensor]) -> None:
-        target = self.dkv if task.kind == "fetch" else self.dq
-        target += results[0]
+        if task.kind == "fetch":
+            self.dkv += results[0]
+        else:
+            self.dq.add(results[0])
 
-
-def _flat(parts: tuple[Tensor, Tensor]) -> Tensor:
-    return torch.cat([part.reshape(-1) for part in parts])
+    def _flat(self, parts: tuple[Tensor, Tensor]) -> Tensor:
+        return Packed.of(*parts, dtype=self.lse.dtype).flat
 
 
 class _AdaptiveAttention(torch.autograd.Function):
@@ -231,4 +234,4 @@ class _AdaptiveAttention(torch.autograd.Function):
         backward = _Backward(ctx.plan, (grad_out, q, k, v, out, lse), ctx.states)
         backward.run()
         dk, dv = backward.keys.split(backward.dkv)
-        return backward.dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+        return backward.dq.total.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
