@@ -170,8 +170,11 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIns]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "default_generators", (torch.default_generator,), raising=False)
-    for cached in (_aten_attention._no_flash_state, _aten_attention._no_efficient_state):
-        cached.cache_clear()
+    cached = _aten_attention._no_flash_state, _aten_attention._no_efficient_state
+    for state_of in cached:
+        state_of.cache_clear()
+        state_of(torch.device("cpu"))  # made once per device
+    found.calls.clear()
     yield found
-    for cached in (_aten_attention._no_flash_state, _aten_attention._no_efficient_state):
-        cached.cache_clear()
+    for state_of in cached:
+        state_of.cache_clear()

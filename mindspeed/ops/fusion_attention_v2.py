@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mindspeed.ops import _attention_flash, _checks  # noqa: F401  (_attention_flash registers a body)
+from mindspeed.ops import _attention_cuda, _attention_flash, _checks  # noqa: F401  (both register bodies)
 from mindspeed.ops._attention import out_shape, random_state, statistics_shape
 from mindspeed.ops._attention_scores import COMPRESSED_ROWS, LIMIT, Options, strip
 from mindspeed.ops._softmax_statistics import block_index, lengths_of, to_blocks, to_tokens
