@@ -110,6 +110,8 @@ class Runtime:
         count = len(self.ledger)
         extra = [] if settings is None else config_patches(settings)
         activation.activate(chosen, self.host, self.ledger, extra)
+        for feature, flags in activation.off(self.features, chosen, self.host.args):
+            feature.subscribe_off(flags, self.host)
         self._rows = self.ledger.rows[count:]
         self.active, self.settings = chosen, settings
         for flag in idle.idle_flags(self.features, chosen, self.host.args) if overview.is_first_rank() else ():
@@ -170,6 +172,7 @@ class Runtime:
     def revert(self, force: bool = False) -> None:
         """Undo everything, the ground included; see `Ledger.revert`."""
         self.ledger.revert(force=force)
+        self.host.events.fire("reverted")
         self.host.events.clear()
         self.active, self.settings, self._rows = (), None, ()
 

@@ -21,6 +21,7 @@ EVENTS: dict[str, str] = {
     "checkpoint_args": "(saved)  arguments of a checkpoint, before they are compared with the run's; handlers may translate them",
     "train_begin": "()  just before the first step",
     "train_end": "()  after the last step",
+    "reverted": "()  every change of this process was undone; forget what belonged to the run",
 }
 
 

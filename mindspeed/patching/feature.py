@@ -157,3 +157,6 @@ class Feature:
 
     def subscribe(self, flags: Any, host: Host) -> None:
         """Register for host events: `host.events.on("model_built", self.handler)`."""
+
+    def subscribe_off(self, flags: Any, host: Host) -> None:
+        """Told that a run starts without this feature, so that calls of users which need it can say so."""

@@ -58,6 +58,7 @@ def test_events_in_order(tmp_path, monkeypatch):
         *step,
         "train_end",
         "groups_destroyed",
+        "reverted",
     ]
     seen.clear()
     train(f"{TINY} --train-iters 2 --load {tmp_path}/ckpt --data-cache-path {tmp_path}/cache")
@@ -108,7 +109,7 @@ def test_patches_of_the_loop_take_effect(tmp_path):
     assert counts == {
         "train": 1, "train_step": 3, "training_log": 3, "get_model": 1, "setup_model_and_optimizer": 1, "save_checkpoint": 1,
         "get_batch_on_this_tp_rank": 12 + 12, "get_batch_on_this_cp_rank": 12 + 12, "num_floating_point_operations": 6,
-        "core_transformer_config_from_args": 1, "evaluate": 3, "evaluate_and_print_results": 3,
+        "core_transformer_config_from_args": 2, "evaluate": 3, "evaluate_and_print_results": 3,
     }  # fmt: skip
 
 

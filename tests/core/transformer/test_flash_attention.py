@@ -124,6 +124,16 @@ def test_what_cannot_be_meant_is_refused(arguments, words):
         check(**arguments)
 
 
+def test_transformer_engine_is_refused_only_where_it_can_be_meant(monkeypatch):
+    """The default of programs and hosts names it, which means nothing where it is not installed."""
+    args = argparse.Namespace(use_flash_attn=True, transformer_impl="transformer_engine")
+    activation.check((FlashAttention(),), args, platform="cpu")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    for platform in ("cpu", "cuda"):
+        with pytest.raises(ConfigError, match="--transformer-impl transformer_engine: has its own attention"):
+            activation.check((FlashAttention(),), args, platform=platform)
+
+
 def test_a_tensor_is_used_as_it_is_and_checked():
     run, hidden = run_of(), torch.rand(1, 1, 37, 37, generator=torch.Generator().manual_seed(1)) < 0.4
     layout = SequenceLayout(37, custom_mask=hidden)

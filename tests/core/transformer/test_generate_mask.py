@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import mindspeed
 from mindspeed.core.context_parallel.layout import SequenceLayout
 from mindspeed.core.transformer.flash_attention.generate_mask.generate_mask import (
     STORE,
@@ -15,7 +16,9 @@ from mindspeed.core.transformer.flash_attention.generate_mask.generate_mask impo
     set_attention_mask,
 )
 from mindspeed.core.transformer.flash_attention.wiring import _scoped
+from mindspeed.errors import ConfigError
 from mindspeed.model import transformer as documented
+from mindspeed.runtime import enabled
 from mindspeed.testing import ranks
 from tests.core.context_parallel.dense import assert_parity, dense, draw
 from tests.core.transformer.attention_of_a_run import (
@@ -35,9 +38,9 @@ S = 48
 
 @pytest.fixture(autouse=True)
 def no_mask():
-    STORE.clear()
+    STORE.end_run()
     yield
-    STORE.clear()
+    STORE.end_run()
 
 
 def masks():
@@ -203,6 +206,40 @@ def test_a_mask_that_changes_between_micro_batches_is_recomputed_as_it_was(first
         truth = dense(q, k, v, grad, SequenceLayout(S, custom_mask=mask), 0.3)
         for ours, true in zip(gradient, truth[1:], strict=True):
             torch.testing.assert_close(ours.permute(1, 2, 0, 3).double(), true, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mask_ends_with_its_run_and_outlives_other_flags():
+    hidden = masks()["prefix"]
+    set_attention_mask(hidden)
+    with enabled(use_flash_attn=True):
+        assert get_attention_mask() is hidden
+        mindspeed.repatch({"sparse-mode": 1})
+        assert get_attention_mask() is hidden
+    assert not STORE.is_set and get_attention_mask(causal=False) is None
+
+
+def test_a_run_without_flash_attention_refuses_a_mask_before_and_during_it():
+    set_attention_mask(masks()["prefix"])
+    with pytest.raises(ConfigError, match="set_attention_mask: only flash attention applies a mask .*reset the mask with None"):
+        mindspeed.enable(use_flash_attn=False)
+    assert STORE.is_set  # nothing has changed
+    set_attention_mask(None)
+    with enabled() as handle:
+        with pytest.raises(ValueError, match="set_attention_mask: only flash attention applies a mask"):
+            set_attention_mask(masks()["prefix"])
+        set_attention_mask(None)
+        mindspeed.repatch({"use-flash-attn": True})
+        set_attention_mask(masks()["prefix"])
+        assert "flash-attention" in handle.features
+    set_attention_mask(masks()["prefix"])
+    assert STORE.is_set
+
+
+def test_a_finished_trainer_run_leaves_no_mask():
+    hidden = torch.zeros(32, 32, dtype=torch.bool).triu(1)
+    set_attention_mask(hidden)
+    train(f"{TINY} --num-layers 1 --train-iters 1 --use-flash-attn")
+    assert not STORE.is_set
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,15 @@ from mindspeed.core.context_parallel.plan import ADAPTIVE, HYBRID_ADAPTIVE, Cont
 from mindspeed.core.context_parallel.positions import RotaryRows
 from mindspeed.core.transformer.flash_attention.alibi import distance_of, slopes_of_rank
 from mindspeed.core.transformer.flash_attention.core_attention import CoreAttention
+from mindspeed.core.transformer.flash_attention.generate_mask.generate_mask import STORE
 from mindspeed.core.transformer.flash_attention.wiring import Wiring
+from mindspeed.core.transformer.fused_choice import uses_transformer_engine
 from mindspeed.notices import warn_once
 from mindspeed.patching import Change, Feature, Patch, Problem, RunShape, flag
 
 LAYER_OFFSET = "megatron.core.transformer.transformer_layer:get_transformer_layer_offset"
 ROTATE = "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd"
+NO_MASKS = "only flash attention applies a mask of the program, and this run goes without (--use-flash-attn)"
 UNLIMITED = 65536  # the default of --pre-tockens: no limit, whatever the length
 
 
@@ -75,8 +78,15 @@ class FlashAttention(Feature):
             if run.get("window_size"):
                 yield Problem("window_size", run.window_size, "limits the same as --pre-tockens", "give one of them")
         _hints(flags, run)
-        if run.get("transformer_impl") == "transformer_engine" and run.platform != "cuda":
-            yield Problem("--transformer-impl", "transformer_engine", "has its own attention", "use --transformer-impl local")
+        named = "transformer_impl" in run.given and run.get("transformer_impl") == "transformer_engine"
+        if named or uses_transformer_engine(run):
+            rule = "has its own attention, which knows nothing of our masks and layouts"
+            yield Problem("--transformer-impl", "transformer_engine", rule, "use --transformer-impl local")
+
+    def check_off(self, flags: FlashFlags, run: RunShape) -> Iterator[Problem]:
+        """A mask that was set before the run would be dropped."""
+        if STORE.is_set:
+            yield Problem("set_attention_mask", None, NO_MASKS, "add the flag, or reset the mask with None")
 
     def patches(self, flags: FlashFlags, host: Any) -> Iterator[Patch]:
         """Core attention, batches, rotary tables, recomputation."""
@@ -89,12 +99,19 @@ class FlashAttention(Feature):
 
     def subscribe(self, flags: FlashFlags, host: Any) -> None:
         """Make process groups when the host's exist, drop them with the host's."""
+        STORE.begin_run()
+        host.events.on("reverted", STORE.end_run)
         wiring = _wiring(flags, host)
         plan = wiring.attention.maker.plan
         if plan.size > 1:
             overlap = bool(getattr(host.args, "use_cp_send_recv_overlap", False))
             host.events.on("groups_created", lambda: wiring.groups.create(plan, host.group("cp"), overlap))
             host.events.on("groups_destroyed", wiring.groups.drop)
+
+    def subscribe_off(self, flags: FlashFlags, host: Any) -> None:
+        """Masks set from now on are refused."""
+        STORE.begin_run(NO_MASKS)
+        host.events.on("reverted", STORE.end_run)
 
 
 def _hints(flags: FlashFlags, run: RunShape) -> None:

@@ -1,7 +1,7 @@
 """One attention mask per process, set by the user or generated, instead of one per micro batch from the data set.
 
-`set_attention_mask(mask)` applies to all following micro batches until it is changed or set to None: a custom mask
-replaces the causal rule of the layers. Without one nothing of size S x S exists.
+`set_attention_mask(mask)` applies to all following micro batches until it is changed or set to None, or the run ends
+(the trainer returns, `mindspeed.revert()`): a custom mask replaces the causal rule of the layers. Without one nothing of size S x S exists.
 """
 
 from __future__ import annotations
@@ -16,12 +16,26 @@ COMPRESSED = 2048  # side of the template that vendor kernels take for causal an
 
 
 class MaskStore:
-    """The mask in force, and the one that was generated last."""
+    """The mask in force, and the one that was generated last.
+
+    Attributes:
+        refusal: why the present run cannot apply a mask; empty when it can, or when none has started.
+    """
 
     def __init__(self) -> None:
         self.custom: Tensor | None = None
         self.tiles: tuple[Tensor | None, ...] | None = None
         self.generated: Tensor | None = None
+        self.refusal = ""
+
+    def begin_run(self, refusal: str = "") -> None:
+        """A run starts that applies masks, or, for the reason given, does not; a mask that is set already stays."""
+        self.refusal = refusal
+
+    def end_run(self) -> None:
+        """The run is over: its mask is not that of the next one."""
+        self.clear()
+        self.refusal = ""
 
     def clear(self) -> None:
         """Back to no mask."""
@@ -46,11 +60,13 @@ def set_attention_mask(mask: Tensor | Sequence[Tensor | None] | None) -> None:
 
     Raises:
         TypeError: not a boolean tensor.
-        ValueError: another shape.
+        ValueError: another shape, or a run whose attention cannot apply it.
     """
     if mask is None:
         STORE.clear()
         return
+    if STORE.refusal:
+        raise ValueError(f"set_attention_mask: {STORE.refusal}")
     if isinstance(mask, Sequence):
         STORE.clear()
         STORE.tiles = tuple(None if tile is None else _checked_tile(tile) for tile in mask)
