@@ -67,7 +67,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[T
         return _packed(query, key, value, options, choice.tiles)
     calls = list(_calls(query, key, value, options, choice))
     if len(calls) == 1 and calls[0][1].shape[2] == views(query, options, options.head_num).shape[2]:
-        return arranged(calls[0][1], options.layout), *_statistics(calls[0][2], options.layout)
+        return arranged(calls[0][1], options.layout), *statistics(calls[0][2], options.layout)
     out, top, total = results(query, key, value, options)
     targets = views(out, options, options.head_num), statistics_view(top, options), statistics_view(total, options)
     for rows, part, lse in calls:
@@ -88,7 +88,7 @@ def arranged(value: Tensor, layout: str) -> Tensor:
     return value.flatten(2) if layout in ("BSH", "SBH") else value
 
 
-def _statistics(lse: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+def statistics(lse: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     """softmax_max and softmax_sum from a log-sum-exp [B, N, S]: (lse, 1), or (-inf, 0) where nothing is seen."""
     lse = lse[0].t() if layout == "TND" else lse
     top = lse.unsqueeze(-1).expand(*lse.shape, STATISTICS).contiguous()
@@ -125,7 +125,7 @@ def _packed(
         probability=_probability(options), seed=seed_of(options, 0),
     )  # fmt: skip
     if q_end == query.shape[0]:
-        return out.contiguous(), *_statistics(lse[None], "TND")
+        return out.contiguous(), *statistics(lse[None], "TND")
     whole, top, total = results(query, key, value, options)
     whole[:q_end], top[:q_end], total[:q_end] = out, lse.t().unsqueeze(-1), (lse != float("-inf")).t().unsqueeze(-1)
     return whole, top, total
