@@ -71,7 +71,7 @@ def context_attention(
     if plan.size == 1:
         return gathered_attention(q, k, v, GatheredPlan(Stay(), plan_work(layout, 0, 0, q.shape[1], options)))
     assert groups.cp is not None, "context-parallel groups do not exist yet"
-    check_alike(groups.cp, q, k, v)
+    check_alike(groups.cp, q=q, k=k, v=v)
     if plan.algorithm == GATHER:
         return _with_gathered_sequence(q, k, v, groups, layout, options)
     if layout.rounds is not None:

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -115,29 +114,43 @@ class Active:
 ACTIVE = Active()
 
 
-def check_alike(group: ProcessGroup, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Compare the shapes of the ranks of a group when these are seen for the first time, so that none waits for ever.
+def check_alike(group: ProcessGroup, **held: Tensor | tuple[int, ...]) -> None:
+    """Compare what the ranks of a group hold when it is seen for the first time, so that none waits for ever.
+
+    Shapes that were compared once cost nothing any more. A rank that comes with new ones while others go on with known
+    ones waits for them as long as the group's timeout lets it, and says so.
+
+    Args:
+        held: tensors by name, of which dtype and shape must agree, or numbers that must.
 
     Raises:
         ValueError: ranks hold different shapes.
+        RuntimeError: the others did not come to compare.
     """
-    _check_once(group, (*q.shape, *k.shape, *v.shape))
+    _check_once(group, tuple((name, *_form(value)) for name, value in held.items()))
+
+
+def _form(value: Tensor | tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    if isinstance(value, Tensor):
+        return str(value.dtype).removeprefix("torch."), tuple(value.shape)
+    return "", value
 
 
 @functools.lru_cache(maxsize=256)
-def _check_once(group: ProcessGroup, shapes: tuple[int, ...]) -> None:
-    from mindspeed.platform import current
-
-    mine = torch.tensor(shapes, dtype=torch.int64, device=current().device())
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, mine, group=group)
-    listed = [tuple(one.tolist()) for one in everyone]
-    if len(set(listed)) > 1:
-        third = len(shapes) // 3
-        told = "; ".join(
-            f"rank {rank}: q {one[:third]}, k {one[third : 2 * third]}, v {one[2 * third :]}" for rank, one in enumerate(listed)
-        )
-        raise ValueError(f"context parallelism: ranks of one group must hold equally shaped q, k and v, got {told}")
+def _check_once(group: ProcessGroup, held: tuple[tuple[str, str, tuple[int, ...]], ...]) -> None:
+    names = " and ".join(", ".join(name for name, *_ in held).rsplit(", ", 1))
+    told: list[str] = [""] * dist.get_world_size(group)
+    mine = ", ".join(f"{name} {numbers} {dtype}".rstrip() for name, dtype, numbers in held)
+    try:
+        dist.all_gather_object(told, mine, group=group)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"context parallelism: rank {dist.get_rank(group)} holds {mine} for the first time, and the other ranks of its group did "
+            "not come to compare; they may go on with shapes they know. All ranks must hold equally shaped tensors"
+        ) from error
+    if len(set(told)) > 1:
+        listed = "; ".join(f"rank {rank}: {one}" for rank, one in enumerate(told))
+        raise ValueError(f"context parallelism: ranks of one group must hold equally shaped {names}, got {listed}")
 
 
 def _distinct(groups: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:

@@ -1,6 +1,7 @@
 """The ring as a function for programs with groups of their own, unequal blocks, buffers in flight, and disagreement."""
 
 from contextlib import contextmanager
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -113,10 +114,33 @@ def test_parameters_that_contradict_the_group_are_refused(world):
 
 @ranks(2)
 def test_ranks_that_disagree_on_the_length_get_an_error(world):
-    """Acceptance (k): an error on every rank, no hang."""
-    q = torch.randn(8 + 4 * world.rank, 1, 8)
-    with pytest.raises(ValueError, match=r"equally shaped q, k and v, got rank 0: q \(1, 2, 8, 4\).*rank 1: q \(1, 2, 12, 4\)"):
+    """Acceptance (k): an error on every rank, no hang; for every shape that is new, also after others were agreed on."""
+    for length in (8, 16):
+        q = torch.randn(length, 1, 8)
         ringattn_context_parallel(q, q, q, 2, parameters(world))
+        other = torch.randn(length + 4 + 4 * world.rank, 1, 8)
+        words = rf"equally shaped q, k and v, got rank 0: q \(1, 2, {length + 4}, 4\).*rank 1: q \(1, 2, {length + 8}, 4\)"
+        with pytest.raises(ValueError, match=words):
+            ringattn_context_parallel(other, other, other, 2, parameters(world))
+    q = torch.randn(10, 1, 8, dtype=(torch.float32, torch.float64)[world.rank])
+    with pytest.raises(ValueError, match=r"q \(1, 2, 10, 4\) float32.*q \(1, 2, 10, 4\) float64"):
+        ringattn_context_parallel(q, q, q, 2, parameters(world))
+    q, shapes = torch.randn(6, 1, 8), ([6, 6], [7, 6])[world.rank]
+    with pytest.raises(ValueError, match=r"rank 0: shapes \(6, 6\).*rank 1: shapes \(7, 6\)"):
+        ringattn_context_parallel(q, q, q, 2, parameters(world), shapes=shapes)
+
+
+@ranks(2)
+def test_a_rank_whose_shape_nobody_else_has_does_not_wait_for_ever(world):
+    """The others know their shape and do not compare any more; both sides end with the group's timeout."""
+    group = dist.new_group([0, 1])
+    cp_para = parameters(world) | {"cp_group": group}
+    known, new = torch.randn(8, 1, 8), torch.randn(12, 1, 8)
+    ringattn_context_parallel(known, known, known, 2, cp_para)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)
+    mine = new if world.rank else known
+    with pytest.raises(RuntimeError, match=r"q \(1, 2, 12, 4\) float32.* for the first time" if world.rank else None):
+        ringattn_context_parallel(mine, mine, mine, 2, cp_para)
 
 
 def checksums_in_flight(passing, seen):

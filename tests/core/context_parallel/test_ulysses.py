@@ -323,6 +323,14 @@ def test_documented_wrapper_with_equal_pieces_and_grouped_heads(world):
     assert_parity(attention, layout, world.rank, groups=1)
 
 
+@ranks(2)
+def test_ranks_that_disagree_on_the_total_get_an_error(world):
+    q = torch.randn(3, 1, 2, 8)
+    module = UlyssesContextAttention(local_attention, world.group, gather_size_calculator=FixedTotal(6 - world.rank))
+    with pytest.raises(ValueError, match=r"rank 0: tokens \(6,\), query \(1, 2, 8\).*rank 1: tokens \(5,\)"):
+        module(q, q, q)
+
+
 def test_dynamic_size_reads_masks_only():
     calculate = DynamicGatherSizeCalculator().calculate
     assert calculate(torch.zeros(1, 1, 5, 7)) == 7 and calculate(attention_mask=torch.zeros(5, 9)) == 9

@@ -80,8 +80,6 @@ def ringattn_context_parallel(
     group, rank = _check(cp_para)
     dim = q.shape[-1] // n
     query, key, value = _with_heads(q, n), _with_heads(k, k.shape[-1] // dim), _with_heads(v, k.shape[-1] // dim)
-    if shapes is None:
-        check_alike(group, query, key, value)
     layout = _layout(cp_para, q, attn_mask, packed_seq_params, shapes)
     context = RingContext(
         Exchange(group, cp_para.get("cp_group_for_send_recv_overlap")),
@@ -97,9 +95,12 @@ def ringattn_context_parallel(
         window=len(cp_para.get("cp_inner_ranks") or (rank,)),
         cache=cp_para.get("cache_policy") or "none",
     )
-    if layout.sizes is not None:  # messages are equally long; what is padded is in no tile
+    if layout.sizes is None:
+        check_alike(group, q=query, k=key, v=value)
+    else:  # messages are equally long; what is padded is in no tile
         missing = max(layout.sizes) - layout.sizes[rank]
         key, value = (F.pad(tensor, (0, 0, 0, missing)) for tensor in (key, value))
+        check_alike(group, shapes=layout.sizes, k=key, v=value)
     return sequence_first(ring_attention(query, key, value, context)).flatten(2)
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from mindspeed.core.context_parallel.groups import check_alike
 from mindspeed.core.context_parallel.ulysses_context_parallel.unaligned_cp.mapping import all_to_all
 
 
@@ -113,7 +114,7 @@ class UlyssesContextAttention(torch.nn.Module):
             As the local attention returns it, with the sequence cut and all heads, in the shape of the query's kind.
 
         Raises:
-            ValueError: heads do not divide where they must, or a piece has an impossible length.
+            ValueError: heads do not divide where they must, a piece has an impossible length, or ranks disagree on the total.
         """
         world = dist.get_world_size(self.spg)
         total = self.gather_size_calculator.calculate(*args, **kwargs)
@@ -130,6 +131,8 @@ class UlyssesContextAttention(torch.nn.Module):
         heads = query.shape[self.scatter_idx]
         local = query.shape[self.gather_idx]
         length = local * world if total is None else total
+        beside = {name: self._beside_sequence(t) for name, t in (("query", query), ("key", key), ("value", value))}
+        check_alike(self.spg, tokens=(length,), **beside)
         inside = [all_to_all(t, self.spg, self.scatter_idx, self.gather_idx, total) for t in (query, key, value)]
         with self._lean(query, sources, inside):
             out = self.local_attn(*inside, *args, **kwargs)
@@ -152,6 +155,10 @@ class UlyssesContextAttention(torch.nn.Module):
 
         short = {"full": ((inside[1], sources[0]), (inside[2], sources[1])), "half": ((inside[1], sources[0]),)}
         return exchanged_again(short[self.cache_policy], exchanged)
+
+    def _beside_sequence(self, tensor: Tensor) -> tuple[int, ...]:
+        """Sizes of the dimensions that all ranks have alike."""
+        return tuple(size for dim, size in enumerate(tensor.shape) if dim != self.gather_idx % tensor.dim())
 
     def _repeated(self, heads: int, tensor: Tensor, world: int) -> Tensor:
         """Key or value heads repeated as little as gives every rank the heads that its queries need."""
