@@ -69,12 +69,26 @@ def test_ffn(calls):
     from mindspeed.ops.ffn import npu_ffn
 
     x = tensor(6, 16)
-    y = npu_ffn(x, tensor(16, 64), tensor(32, 16), "swiglu")
-    assert launched(calls) == ["aclnnFFNV2"] and (y.shape, y.dtype) == (x.shape, BF16)
+    gated = [tensor(*shape, dtype=FP16) for shape in ((6, 16), (16, 64), (32, 16))]
+    y = npu_ffn(*gated, "swiglu", inner_precise=1)
+    assert launched(calls) == ["aclnnFFNV2"] and (y.shape, y.dtype) == (x.shape, FP16)
     calls.reset()
     y = npu_ffn(x, tensor(2, 16, 32), tensor(2, 32, 16), "gelu", expert_tokens_index=[2, 6], bias1=tensor(2, 32, dtype=FP32))
     assert launched(calls) == ["aclnnFFNV2"]
     assert (2, 4) in calls.named("aclnnFFNV2")[0].int_lists, "the sizes of the experts"
+
+
+@npu_contract()
+@pytest.mark.parametrize(("dtype", "precise"), [(BF16, 0), (BF16, 1), (FP16, 0), (FP16, None)])
+def test_ffn_with_a_gate_is_a_kernel_for_fast_float16_only(calls, dtype, precise):
+    from mindspeed.ops import backend_report
+    from mindspeed.ops.ffn import npu_ffn
+
+    weights = tensor(16, 64, dtype=dtype), tensor(32, 16, dtype=dtype)
+    y = npu_ffn(tensor(6, 16, dtype=dtype), *weights, "geglu", inner_precise=precise)
+    ran = backend_report("npu")["ffn"]
+    assert (y.shape, y.dtype, ran.kernel) == ((6, 16), dtype, "ref")
+    assert ran.reason == "npu_ffn has geglu for float16 with inner_precise=1 only"
 
 
 @npu_contract()

@@ -7,8 +7,8 @@
     mask, bias with -inf      [Sq, Sk] or [B, N, Sq, Sk]     1
 
 The kernel looks at the triangle only to learn that there is one, so a tile of any size shares it. Rows that a mask
-may hide from all keys are announced by the operator's body. ALiBi over contiguous positions is made inside the kernel
-from slopes; any other bias is a tensor in the dtype of q.
+may hide from all keys are announced by the operator's body. ALiBi of a square tile over contiguous positions is made inside
+the kernel from slopes; any other bias is a tensor in the dtype of q.
 """
 
 from __future__ import annotations
@@ -147,7 +147,8 @@ class NpuKernel:
             hidden = hidden | mask
         if not others:
             return hidden, PositionBias()
-        if len(others) == 1 and (fused := _fused_alibi(others[0], q.device)) is not None:
+        square = q.shape[2] == k.shape[2]  # the kernel counts positions of as many queries as keys only
+        if len(others) == 1 and square and (fused := _fused_alibi(others[0], q.device)) is not None:
             return hidden, fused
         rows, keys = range(q.shape[2]), range(k.shape[2])
         total = sum(part_of_bias(part, rows, keys).to(q.device, torch.float32) for part in others)

@@ -7,13 +7,10 @@ import torch_npu  # noqa: F401 - registers the kernel
 from torch import Tensor
 
 from mindspeed.ops._registry import register_kernel
+from mindspeed.ops.kernels.npu._versions import cannot_take
 
 
-def _declines(param: Tensor, *_: object) -> str | None:
-    return "the fused kernel has no float64" if param.dtype == torch.float64 else None
-
-
-@register_kernel("adamw_", "npu", devices=("npu",), declines=_declines)
+@register_kernel("adamw_", "npu", devices=("npu",), declines=lambda param, *_: cannot_take("_fused_adamw_", param))
 def adamw_(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor | None, state_step: Tensor,
     lr: float, beta1: float, beta2: float, weight_decay: float, eps: float, amsgrad: bool, maximize: bool,

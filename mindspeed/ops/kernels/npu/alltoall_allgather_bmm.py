@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mindspeed.ops._registry import register_kernel
+from mindspeed.ops.kernels.npu._versions import cannot_take
 from mindspeed.ops.npu_all_to_all_all_gather_bmm import gathered_tokens, outputs
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -25,11 +26,9 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _declines(x: Tensor, *_: object, **__: object) -> str | None:
-    return "the kernels have no float64" if x.dtype == torch.float64 else None
-
-
-@register_kernel("npu_alltoall_allgather_bmm", "npu", devices=("npu",), declines=_declines)
+@register_kernel(
+    "npu_alltoall_allgather_bmm", "npu", devices=("npu",), declines=lambda x, *_, **__: cannot_take("torch.bmm on NPU", x)
+)
 def alltoall_allgather_bmm(
     x: Tensor, weight: Tensor, group_ep: str, group_ep_worldsize: int, group_tp: str, group_tp_worldsize: int, *,
     bias: Tensor | None = None, shard_type: int = 0, act_type: str = "None", need_allgather_out: bool = False,

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from mindspeed.ops._registry import register_kernel
+from mindspeed.ops.kernels.npu._versions import cannot_take
 from mindspeed.ops.npu_bmm_reduce_scatter_all_to_all import composition
 
-
-def _declines(x: Tensor, *_: object, **__: object) -> str | None:
-    return "the kernels have no float64" if x.dtype == torch.float64 else None
-
-
-register_kernel("npu_bmm_reducescatter_alltoall", "npu", devices=("npu",), declines=_declines)(composition)
+register_kernel(
+    "npu_bmm_reducescatter_alltoall", "npu", devices=("npu",), declines=lambda x, *_, **__: cannot_take("torch.bmm on NPU", x)
+)(composition)

@@ -13,6 +13,17 @@ from torch import Tensor
 
 from mindspeed.ops._dropout_add_norm import _scaled
 from mindspeed.ops._registry import register_kernel
+from mindspeed.ops.kernels.npu._versions import cannot_take, lacks
+
+
+def _declines(x0: Tensor, *_: object) -> str | None:
+    # the same answer for all three operators, because their masks must agree
+    return (
+        cannot_take("npu_rms_norm", x0, dims=range(2, 9))
+        or lacks("_npu_dropout_gen_mask")
+        or lacks("npu_dropout_backward")
+        or lacks("npu_add_rms_norm")
+    )
 
 
 def _bits(like: Tensor, rng: Tensor, p: float) -> Tensor:
@@ -34,7 +45,7 @@ def _is_plain_add(x0, residual, weight, bias, rowscale, layerscale, p, rms, pre_
     return rms and one_dtype and p == 0.0 and bias is None and rowscale is None and layerscale is None
 
 
-@register_kernel("dropout_add_norm", "npu", devices=("npu",))
+@register_kernel("dropout_add_norm", "npu", devices=("npu",), declines=_declines)
 def dropout_add_norm(
     x0: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, rowscale: Tensor | None,
     layerscale: Tensor | None, rng: Tensor | None, p: float, eps: float, rms: bool, pre_dtype: torch.dtype,
@@ -56,7 +67,7 @@ def dropout_add_norm(
     return y.to(x0.dtype), pre, mean, rstd
 
 
-@register_kernel("dropout_add_norm_backward", "npu", devices=("npu",))
+@register_kernel("dropout_add_norm_backward", "npu", devices=("npu",), declines=_declines)
 def dropout_add_norm_backward(
     dy: Tensor, dpre: Tensor | None, x0: Tensor | None, pre: Tensor, weight: Tensor, rowscale: Tensor | None,
     layerscale: Tensor | None, mean: Tensor, rstd: Tensor, rng: Tensor | None, p: float,
@@ -90,7 +101,7 @@ def dropout_add_norm_backward(
     )
 
 
-@register_kernel("dropout_mask", "npu", devices=("npu",))
+@register_kernel("dropout_mask", "npu", devices=("npu",), declines=_declines)
 def dropout_mask(like: Tensor, rng: Tensor | None, p: float) -> Tensor:
     """The mask that the kernels above use for this random state, one boolean per element."""
     return _dropped(torch.ones(like.shape, dtype=torch.float32, device=like.device), rng, p) != 0

@@ -7,10 +7,22 @@ import torch_npu
 from torch import Tensor
 
 from mindspeed.ops._registry import register_kernel
+from mindspeed.ops.ffn import GATED
+
+INNER_LIMIT = 65536
 
 
-def _declines(x: Tensor, *_: object, **__: object) -> str | None:
-    return "npu_ffn takes 16-bit and int8 input only" if x.dtype == torch.float32 else None
+def _declines(
+    x: Tensor, weight1: Tensor, weight2: Tensor, activation: str, *, inner_precise: int | None = None, **_: object
+) -> str | None:
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.int8):
+        return f"npu_ffn takes 16-bit and int8 input only, not {x.dtype}"
+    if activation in GATED and not (x.dtype == weight1.dtype == torch.float16 and inner_precise == 1):
+        return f"npu_ffn has {activation} for float16 with inner_precise=1 only"
+    if x.dtype == torch.bfloat16 and weight1.dtype == x.dtype and inner_precise == 1:
+        return "npu_ffn has inner_precise=1 for float16 only"
+    sizes = weight1.shape[-2], weight2.shape[-2]
+    return f"inner sizes {sizes} are beyond the limits of npu_ffn" if max(sizes) >= INNER_LIMIT else None
 
 
 @register_kernel("ffn", "npu", devices=("npu",), declines=_declines)

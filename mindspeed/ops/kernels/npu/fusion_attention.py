@@ -11,13 +11,17 @@ import torch
 import torch_npu
 from torch import Tensor
 
-from mindspeed.ops._attention_scores import Options, segments
+from mindspeed.ops._attention_scores import Options, segments, strip
 from mindspeed.ops._registry import register_kernel
 from mindspeed.ops._softmax_statistics import block_index, lengths_of, to_blocks, to_tokens
 from mindspeed.ops.fusion_attention_v2 import _numels
-from mindspeed.ops.kernels.npu._versions import known, lacks
+from mindspeed.ops.kernels.npu._versions import cannot_take, known, lacks
 
 FORWARD, BACKWARD = "npu_fusion_attention_v2", "npu_fusion_attention_grad_v2"
+SEQUENCE_AXIS = {"BSH": 1, "BSND": 1, "SBH": 0, "BNSD": 2, "TND": 0}
+SLOPES = (2, 3)
+"""Values of pse_type with which the kernels make the position bias from slopes."""
+MOST_HEADS, LARGEST_HEAD = 256, 768
 ROWS_WITHOUT_KEYS = 2
 """Value of inner_precise with which the kernels give zeros for query rows that see no key."""
 
@@ -41,15 +45,48 @@ def _common(query: Tensor, key: Tensor, options: Options) -> dict[str, object]:
     }
 
 
+def _lengths(query: Tensor, key: Tensor, options: Options) -> Iterator[tuple[int, int]]:
+    """Number of queries and keys of the batch, or of each packed sequence that has queries."""
+    axis = SEQUENCE_AXIS[options.layout]
+    for part in segments(query.shape[axis], key.shape[axis], options):
+        yield part.queries.stop - part.queries.start, part.keys.stop - part.keys.start
+
+
 def _may_see_nothing(query: Tensor, key: Tensor, options: Options) -> bool:
     """Whether the mask can exclude all keys of some query row; contents of masks are not read."""
     if options.atten_mask is None or options.sparse_mode == 2:
         return False
-    if options.sparse_mode != 3:
+    if options.sparse_mode not in (3, 4):
         return True
-    axis = {"BSH": 1, "BSND": 1, "SBH": 0, "BNSD": 2, "TND": 0}[options.layout]
-    parts = segments(query.shape[axis], key.shape[axis], options)
-    return any(part.queries.stop - part.queries.start > part.keys.stop - part.keys.start for part in parts)
+    future = 0 if options.sparse_mode == 3 else options.next_tokens
+    band_is_left = options.sparse_mode == 4 and options.pre_tokens < 0
+    # the first row sees keys up to its place on the diagonal, which ends in the lower right corner, plus `future`
+    return band_is_left or any(keys == 0 or keys - queries + future < 0 for queries, keys in _lengths(query, key, options))
+
+
+def _declines(name: str, query: Tensor, key: Tensor, *rest: object) -> str | None:
+    """The same answer in forward and backward, whose dropout masks must agree."""
+    options = Options(*rest)
+    if reason := lacks(name) or cannot_take(name, query):
+        return reason
+    if options.head_num > MOST_HEADS:
+        return f"{name} takes at most {MOST_HEADS} heads, not {options.head_num}"
+    size = query.shape[-1] // (options.head_num if options.layout in ("BSH", "SBH") else 1)
+    if size > LARGEST_HEAD:
+        return f"{name} takes head sizes up to {LARGEST_HEAD}, not {size}"
+    if options.pse is None:
+        return None
+    if options.pse_type in SLOPES and any(queries != keys for queries, keys in _lengths(query, key, options)):
+        return f"{name} makes position biases for as many queries as keys only"
+    if options.layout == "TND" and any(map(_has_empty, (options.actual_seq_qlen, options.actual_seq_kvlen))):
+        return f"{name} takes no position bias with empty sequences"
+    return None
+
+
+def _has_empty(ends: list[int]) -> bool:
+    """Whether one of these packed sequences has no tokens."""
+    ends = strip(ends)
+    return any(start == end for start, end in zip([0, *ends], ends, strict=False))
 
 
 def _token_statistics(options: Options, name: str) -> dict[str, str]:
@@ -74,7 +111,12 @@ def _drawing_from(rng: Tensor | None, device: torch.device) -> Iterator[None]:
         generator.set_state(state)
 
 
-@register_kernel("fusion_attention", "npu", devices=("npu",), declines=lambda *_: lacks(FORWARD))
+@register_kernel(
+    "fusion_attention",
+    "npu",
+    devices=("npu",),
+    declines=lambda query, key, value, *rest: _declines(FORWARD, query, key, *rest),
+)
 def fusion_attention(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
     """Forward; statistics [B, N, Sq, 8], or [T, N, 8] by token."""
     options = Options(*rest)
@@ -89,7 +131,12 @@ def fusion_attention(query: Tensor, key: Tensor, value: Tensor, *rest: object) -
     return out, top, total
 
 
-@register_kernel("fusion_attention_backward", "npu", devices=("npu",), declines=lambda *_: lacks(BACKWARD))
+@register_kernel(
+    "fusion_attention_backward",
+    "npu",
+    devices=("npu",),
+    declines=lambda dout, query, key, value, out, top, total, need_dpse, *rest: _declines(BACKWARD, query, key, *rest),
+)
 def fusion_attention_backward(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, top: Tensor, total: Tensor, need_dpse: bool,
     *rest: object,

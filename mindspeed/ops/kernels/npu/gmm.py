@@ -9,22 +9,16 @@ from torch import Tensor
 
 from mindspeed.ops._groups import ends_of
 from mindspeed.ops._registry import register_kernel
-from mindspeed.ops.kernels.npu._grouped import INNER, by_rows, product
+from mindspeed.ops.kernels.npu._grouped import INNER, beyond_limits, by_rows, product
 
-
-def _declines(x: Tensor, group_list: Tensor, *sizes: int) -> str | None:
-    if x.dtype == torch.float64:
-        return "npu_grouped_matmul has no float64"
-    if max(sizes) >= 65536 or not 0 < group_list.numel() <= 1024:
-        return f"inner sizes {sizes} or {group_list.numel()} groups are beyond the limits of npu_grouped_matmul"
-    return None
+NAME = "npu_grouped_matmul"
 
 
 @register_kernel(
     "gmm",
     "npu",
     devices=("npu",),
-    declines=lambda x, weight, bias, groups, *_: _declines(x, groups, x.shape[1], weight.shape[-1]),
+    declines=lambda x, weight, bias, groups, *_: beyond_limits(NAME, x, groups, x.shape[1], weight.shape[-1]),
 )
 def gmm(x: Tensor, weight: Tensor, bias: Tensor | None, group_list: Tensor, group_type: int, group_list_type: int) -> Tensor:
     """Forward of both group types."""
@@ -34,7 +28,10 @@ def gmm(x: Tensor, weight: Tensor, bias: Tensor | None, group_list: Tensor, grou
 
 
 @register_kernel(
-    "gmm_backward", "npu", devices=("npu",), declines=lambda dy, x, weight, groups, *_: _declines(x, groups, *weight.shape[1:])
+    "gmm_backward",
+    "npu",
+    devices=("npu",),
+    declines=lambda dy, x, weight, groups, *_: beyond_limits(NAME, x, groups, *weight.shape[1:]),
 )
 def gmm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, group_list: Tensor, group_list_type: int,

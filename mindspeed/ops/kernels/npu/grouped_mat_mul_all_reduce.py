@@ -9,9 +9,19 @@ from torch import Tensor
 
 from mindspeed.ops._registry import register_kernel
 from mindspeed.ops.comm import resolve
+from mindspeed.ops.kernels.npu._versions import cannot_take
+
+INNER_LIMIT = 65536
 
 
-@register_kernel("grouped_mat_mul_all_reduce", "npu", devices=("npu",))
+def _declines(x: list[Tensor], weight: list[Tensor], *_: object) -> str | None:
+    sizes = max(max(matrix.shape) for matrix in weight)
+    if sizes >= INNER_LIMIT:
+        return f"inner size {sizes} is beyond the limits of npu_grouped_matmul"
+    return next(filter(None, (cannot_take("npu_grouped_matmul", value) for value in x)), None)
+
+
+@register_kernel("grouped_mat_mul_all_reduce", "npu", devices=("npu",), declines=_declines)
 def grouped_mat_mul_all_reduce(x: list[Tensor], weight: list[Tensor], hcomm: str, bias: list[Tensor] | None) -> list[Tensor]:
     """`sum over ranks of x_i @ w_i + mean over ranks of bias_i` for each i."""
     group = resolve("npu_grouped_mat_mul_all_reduce", "hcomm", hcomm)

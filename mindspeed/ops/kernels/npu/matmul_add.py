@@ -25,7 +25,7 @@ def atb_product() -> Callable | None:
     return getattr(torch.ops.atb, "_npu_matmul_add_fp32", None)
 
 
-@register_kernel("matmul_add_", "npu", devices=("npu",), declines=lambda x, dy, grad: cannot_accumulate(x, grad))
+@register_kernel("matmul_add_", "npu", devices=("npu",), declines=lambda x, dy, grad: cannot_accumulate(x, dy, 1, grad))
 def matmul_add_(total_input: Tensor, grad_output: Tensor, grad: Tensor) -> None:
     """`grad += grad_output^T @ total_input` for 16-bit operands and float32 grad."""
     if (product := atb_product()) is not None:

@@ -10,10 +10,33 @@ import torch_npu
 from torch import Tensor
 
 from mindspeed.ops._registry import register_kernel
-from mindspeed.ops.kernels.npu._versions import lacks
+from mindspeed.ops.kernels.npu._versions import cannot_take, lacks
+
+MOST_ENTRIES = 16777215  # the kernels count in float32
+MOST_COPIES = 512
 
 
-@register_kernel("moe_token_permute", "npu", devices=("npu",))
+def _declines(name: str, rows: Tensor, entries: int) -> str | None:
+    if entries >= MOST_ENTRIES:
+        return f"{name} takes fewer than {MOST_ENTRIES} entries, not {entries}"
+    return cannot_take(name, rows) or lacks(name)
+
+
+def _map_declines(name: str, like: Tensor, rows: int, row_map: Tensor) -> str | None:
+    """The kernels want each of 0..R-1 once; a map of as many entries as rows has no gaps."""
+    if rows != row_map.numel():
+        return "some copies of tokens do not exist"
+    if row_map.shape[1] > MOST_COPIES:
+        return f"{name} takes at most {MOST_COPIES} copies of a token, not {row_map.shape[1]}"
+    return _declines(name, like, row_map.numel())
+
+
+@register_kernel(
+    "moe_token_permute",
+    "npu",
+    devices=("npu",),
+    declines=lambda tokens, indices, *_: _declines("npu_moe_token_permute", tokens, indices.numel()),
+)
 def moe_token_permute(tokens: Tensor, indices: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
     """Forward; `num_out` 0 would mean all rows to the kernel."""
     if num_out == 0:
@@ -22,16 +45,11 @@ def moe_token_permute(tokens: Tensor, indices: Tensor, num_out: int) -> tuple[Te
     return permuted, sorted_indices.to(torch.int32)
 
 
-def _gaps(rows: int, row_map: Tensor) -> str | None:
-    """The kernels want each of 0..R-1 once; a map of as many entries as rows has no gaps."""
-    return None if rows == row_map.numel() else "some copies of tokens do not exist"
-
-
 @register_kernel(
     "moe_token_permute_backward",
     "npu",
     devices=("npu",),
-    declines=lambda dpermuted, row_map: _gaps(dpermuted.shape[0], row_map) or lacks("npu_moe_token_permute_grad_v2"),
+    declines=lambda dpermuted, row_map: _map_declines("npu_moe_token_permute_grad_v2", dpermuted, dpermuted.shape[0], row_map),
 )
 def moe_token_permute_backward(dpermuted: Tensor, row_map: Tensor) -> Tensor:
     """Gradient of the tokens."""
@@ -44,7 +62,7 @@ def moe_token_permute_backward(dpermuted: Tensor, row_map: Tensor) -> Tensor:
     "npu",
     devices=("npu",),
     declines=lambda permuted, row_map, probs: (
-        _gaps(permuted.shape[0], row_map)
+        _map_declines("npu_moe_token_unpermute", permuted, permuted.shape[0], row_map)
         or (None if probs is not None or row_map.shape[1] == 1 else "there are no probabilities")
     ),
 )
@@ -58,9 +76,8 @@ def moe_token_unpermute(permuted: Tensor, row_map: Tensor, probs: Tensor | None)
     "npu",
     devices=("npu",),
     declines=lambda dout, permuted, row_map, probs, rows: (
-        _gaps(rows, row_map)
+        _map_declines("npu_moe_token_unpermute_grad", dout, rows, row_map)
         or (None if permuted is not None or (probs is None and row_map.shape[1] == 1) else "the permuted tokens were not kept")
-        or lacks("npu_moe_token_unpermute_grad")
     ),
 )
 def moe_token_unpermute_backward(
@@ -86,7 +103,9 @@ def _by_row(values: Tensor, slots: Tensor, rows: int) -> Tensor:
     return torch.zeros(rows + 1, dtype=values.dtype, device=values.device).scatter_(0, slots, values)[:rows]
 
 
-@register_kernel("moe_token_unpermute", "npu", devices=("npu",))
+@register_kernel(
+    "moe_token_unpermute", "npu", devices=("npu",), declines=lambda rows, *_: cannot_take("the sum in float32", rows)
+)
 def unpermute_with_gaps(permuted: Tensor, row_map: Tensor, probs: Tensor | None) -> Tensor:
     """Sum of the existing rows of each token, in float32."""
     (count, copies), rows = row_map.shape, permuted.shape[0]
@@ -99,13 +118,17 @@ def unpermute_with_gaps(permuted: Tensor, row_map: Tensor, probs: Tensor | None)
     return out.index_add_(0, token, wide).to(permuted.dtype)
 
 
-@register_kernel("moe_token_permute_backward", "npu", devices=("npu",))
+@register_kernel(
+    "moe_token_permute_backward", "npu", devices=("npu",), declines=lambda rows, *_: cannot_take("the sum in float32", rows)
+)
 def permute_backward_with_gaps(dpermuted: Tensor, row_map: Tensor) -> Tensor:
     """Gradient of the tokens."""
     return unpermute_with_gaps(dpermuted, row_map, None)
 
 
-@register_kernel("moe_permute_map_backward", "npu", devices=("npu",))
+@register_kernel(
+    "moe_permute_map_backward", "npu", devices=("npu",), declines=lambda rows, *_: cannot_take("the sum in float32", rows)
+)
 def permute_map_backward(dpermuted: Tensor, dprobs: Tensor | None, row_map: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of tokens and probabilities [T, E]."""
     dtokens = unpermute_with_gaps(dpermuted, row_map, None)
@@ -115,7 +138,9 @@ def permute_map_backward(dpermuted: Tensor, dprobs: Tensor | None, row_map: Tens
     return dtokens, padded[_slots(row_map, dprobs.shape[0])].view(row_map.shape)
 
 
-@register_kernel("moe_token_unpermute_backward", "npu", devices=("npu",))
+@register_kernel(
+    "moe_token_unpermute_backward", "npu", devices=("npu",), declines=lambda rows, *_: cannot_take("the sum in float32", rows)
+)
 def unpermute_backward_with_gaps(
     dout: Tensor, permuted: Tensor | None, row_map: Tensor, probs: Tensor | None, rows: int
 ) -> tuple[Tensor, Tensor]:

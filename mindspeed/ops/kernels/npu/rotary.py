@@ -4,28 +4,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch_npu
 from torch import Tensor
 
 from mindspeed.ops._registry import register_kernel
+from mindspeed.ops.kernels.npu._versions import cannot_take
 from mindspeed.ops.npu_rotary_position_embedding import INTERLEAVED, back
 
 MODES = ("half", "interleave")
-BROADCASTS = ({0, 1}, {0, 2}, {1, 2}, {1}, {2}, set())
-"""Leading dimensions that cos and sin may lack: one position axis, batch and position, or none (BNSD, BSND, SBND)."""
+AXES = ((0, 1), (0, 2), (1, 2))
+"""Batch and head axis of the layouts that the kernel knows: BNSD, BSND, SBND."""
+
+
+def _layouts(x: Tensor, cos: Tensor, mode: int) -> Iterator[tuple[int, int]]:
+    """(batch, heads) of each layout that these shapes may mean.
+
+    cos and sin lack batch and heads, only the heads, or nothing; with interleaved pairs always both.
+    """
+    short = {axis for axis in range(3) if cos.shape[axis] == 1}
+    needed = {axis for axis in short if x.shape[axis] > 1}
+    for batch, heads in AXES:
+        lacking = ({batch, heads},) if mode == INTERLEAVED else ({batch, heads}, {heads}, set())
+        if any(needed <= lacks <= short for lacks in lacking):
+            yield x.shape[batch], x.shape[heads]
 
 
 def _declines(x: Tensor, cos: Tensor, mode: int, table_gradients: bool) -> str | None:
-    missing = {dim for dim in range(3) if cos.shape[dim] == 1}
-    needed = {dim for dim in missing if x.shape[dim] > 1}
-    fits = [lacks for lacks in BROADCASTS if needed <= lacks <= missing and (mode != INTERLEAVED or len(lacks) == 2)]
+    if reason := cannot_take("npu_rotary_mul", x):
+        return reason
+    fits = list(_layouts(x, cos, mode))
     if cos.shape[-1] == 0 or not fits:
         return f"cos of shape {tuple(cos.shape)} is no layout of npu_rotary_mul for x of shape {tuple(x.shape)}"
-    sizes = sorted(x.shape[:3])
-    if cos.shape[-1] >= 896 or sizes[1] >= 1000 or (mode == INTERLEAVED and sizes[0] * sizes[1] >= 1000):
+    fits = [
+        (batch, heads) for batch, heads in fits if max(batch, heads) < 1000 and (mode != INTERLEAVED or batch * heads < 1000)
+    ]
+    if cos.shape[-1] >= 896 or not fits:
         return f"x of shape {tuple(x.shape)} is beyond the limits of npu_rotary_mul"
-    if table_gradients and sizes[0] * sizes[1] > 1024:
+    if table_gradients and all(batch * heads > 1024 for batch, heads in fits):
         return f"x of shape {tuple(x.shape)} is beyond the limits of npu_rotary_mul_backward with gradients of cos and sin"
     return None
 

@@ -6,10 +6,17 @@ import torch
 from torch import Tensor
 
 from mindspeed.ops._registry import register_kernel
-from mindspeed.ops.kernels.npu._grouped import by_rows
+from mindspeed.ops.kernels.npu._grouped import beyond_limits, by_rows
 
 
-@register_kernel("weight_quant_gmm", "npu", devices=("npu",))
+@register_kernel(
+    "weight_quant_gmm",
+    "npu",
+    devices=("npu",),
+    declines=lambda x, weight, scale, offset, bias, groups, *_: beyond_limits(
+        "npu_grouped_matmul", x, groups, x.shape[1], weight.shape[2]
+    ),
+)
 def weight_quant_gmm(
     x: Tensor, weight: Tensor, antiquant_scale: Tensor, antiquant_offset: Tensor | None, bias: Tensor | None,
     group_list: Tensor, group_list_type: int,
