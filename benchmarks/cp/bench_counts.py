@@ -47,7 +47,7 @@ def least_traffic(plan: ContextPlan, groups: int) -> Traffic:
     return calls, 4 * elements
 
 
-def _count_on_rank(world: Any, plan: ContextPlan, groups: int) -> tuple[Traffic, float]:
+def count_on_rank(world: Any, plan: ContextPlan, groups: int) -> tuple[Traffic, float]:
     from mindspeed.testing import count_communication
 
     layout, communicators = plan.layout(S), groups_of(plan, world)
@@ -64,7 +64,7 @@ def _count_on_rank(world: Any, plan: ContextPlan, groups: int) -> tuple[Traffic,
 
 def _traffic(name: str, groups: int, what: int) -> Counted:
     plan = PLANS[name]
-    found = pools().get(plan.size).run(_count_on_rank, plan, groups)
+    found = pools().get(plan.size).run(count_on_rank, plan, groups)
     error = max(error for _, error in found)
     return Counted(
         ours=max(traffic[what] for traffic, _ in found), floor=least_traffic(plan, groups)[what],
