@@ -126,6 +126,13 @@ def test_flags_of_the_ring_say_so_without_one(dest, caplog):
     assert f"{option} has no effect with ulysses_cp_algo" in caplog.text
 
 
+@pytest.mark.parametrize("platform", ["cuda", "npu"])
+def test_determinism_is_not_promised_on_other_devices(platform):
+    args = argparse.Namespace(**RUN, deterministic_mode=True)
+    with pytest.raises(ConfigError, match=f"--deterministic-mode: is not proved for context parallelism on {platform}"):
+        activation.check(FEATURES, args, platform=platform)
+
+
 def test_all_problems_come_at_once():
     found = messages(seq_length=62, num_attention_heads=6, context_parallel_cache_interval=1, **ULYSSES)
     assert len(found) == 3

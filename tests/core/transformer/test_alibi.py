@@ -119,6 +119,18 @@ def test_what_cannot_be_meant_is_refused(arguments, words):
         activation.check((Alibi(), FlashAttention()), args, platform="cpu", given=set(arguments))
 
 
+def test_dropout_beside_ranks_is_not_proved_on_npu():
+    args = argparse.Namespace(
+        position_embedding_type="alibi", alibi_fusion_attn_type=2, use_flash_attn=True, attention_dropout=0.1
+    )
+    for size, platform in ((2, "cpu"), (2, "cuda"), (1, "npu")):
+        args.context_parallel_size = size
+        activation.check((Alibi(), FlashAttention()), args, platform=platform)
+    args.context_parallel_size = 2
+    with pytest.raises(ConfigError, match="--position-embedding-type alibi: with --attention-dropout 0.1 is not proved"):
+        activation.check((Alibi(), FlashAttention()), args, platform="npu")
+
+
 def test_training_in_other_layouts():
     alibi = "--position-embedding-type alibi --group-query-attention --num-query-groups 2"
     split = "--tensor-model-parallel-size 2 --context-parallel-size 2 --cp-comm-type p2p"

@@ -96,5 +96,8 @@ class Alibi(Feature):
         if (run.get("context_parallel_size") or 1) > 1:
             if "adaptive" in algorithm:
                 yield Problem("--position-embedding-type", "alibi", f"does not work with {algorithm}", "use another algorithm")
+            if run.platform == "npu" and run.get("attention_dropout"):
+                rule = f"with --attention-dropout {run.attention_dropout} is not proved for context parallelism on npu"
+                yield Problem("--position-embedding-type", "alibi", rule, "use --attention-dropout 0")
             if run.get("attention_mask_type") == "general":
                 yield Problem("--position-embedding-type", "alibi", "needs --attention-mask-type causal", "remove general")
