@@ -22,11 +22,12 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from mindspeed.testing.shipped import Place, Process, shared_process, shipped
 
@@ -182,6 +183,62 @@ def hccl_world(size: int = 1) -> Iterator[ProcessGroup]:
         yield dist.group.WORLD
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def older_torch_npu(*absent: str, **without: Sequence[str]) -> Iterator[None]:
+    """Inside the block torch_npu lacks the operators `absent`, and others lack keyword arguments, as older versions do.
+
+        older_torch_npu("npu_ring_attention_update", npu_fusion_attention_v2=("softmax_layout", "sink"))
+
+    Schemas tell so, and calling an absent operator or passing an absent argument fails, as it does with the older version.
+    """
+    import torch
+    import torch_npu  # noqa: TID251 - only the process with the emulated device gets here
+
+    from mindspeed.ops.kernels.npu import _versions
+
+    def forget() -> None:
+        _versions.offers.cache_clear()
+        _versions._parameters.cache_clear()
+
+    operators = {name: _WithoutArguments(getattr(torch.ops.npu, name), tuple(names)) for name, names in without.items()}
+    with contextlib.ExitStack() as stack:
+        stack.callback(forget)
+        stack.enter_context(mock.patch.object(torch.ops, "npu", _Namespace(torch.ops.npu, operators, absent)))
+        for name, operator in operators.items():
+            stack.enter_context(mock.patch.object(torch_npu, name, operator))
+        for name in absent:
+            stack.enter_context(mock.patch.object(torch_npu, name))
+            delattr(torch_npu, name)
+        forget()
+        yield
+
+
+class _WithoutArguments:
+    """An operator whose schema ends before some of its keyword arguments came."""
+
+    def __init__(self, operator: Any, names: tuple[str, ...]) -> None:
+        self._operator, self._names = operator, names
+        arguments = [argument for argument in operator.default._schema.arguments if argument.name not in names]
+        self.default = SimpleNamespace(_schema=SimpleNamespace(arguments=arguments))
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        if unknown := sorted(set(self._names) & set(kwargs)):
+            raise TypeError(f"{self._operator} of this version has no argument {unknown[0]}")
+        return self._operator(*args, **kwargs)
+
+
+class _Namespace:
+    """`torch.ops.npu` with some operators replaced and some absent."""
+
+    def __init__(self, namespace: Any, operators: Mapping[str, object], absent: Sequence[str]) -> None:
+        self._namespace, self._operators, self._absent = namespace, operators, absent
+
+    def __getattr__(self, name: str) -> object:
+        if name in self._absent:
+            raise AttributeError(f"this version has no operator npu::{name}")
+        return self._operators[name] if name in self._operators else getattr(self._namespace, name)
 
 
 # ---- the other side: load torch_npu, run what is shipped --------------------------------------------------------------------

@@ -64,22 +64,22 @@ def _may_see_nothing(query: Tensor, key: Tensor, options: Options) -> bool:
     return band_is_left or any(keys == 0 or keys - queries + future < 0 for queries, keys in _lengths(query, key, options))
 
 
-def _declines(name: str, query: Tensor, key: Tensor, *rest: object) -> str | None:
+def _declines(query: Tensor, key: Tensor, *rest: object) -> str | None:
     """The same answer in forward and backward, whose dropout masks must agree."""
     options = Options(*rest)
-    if reason := lacks(name) or cannot_take(name, query):
+    if reason := lacks(FORWARD) or lacks(BACKWARD) or cannot_take(FORWARD, query):
         return reason
     if options.head_num > MOST_HEADS:
-        return f"{name} takes at most {MOST_HEADS} heads, not {options.head_num}"
+        return f"{FORWARD} takes at most {MOST_HEADS} heads, not {options.head_num}"
     size = query.shape[-1] // (options.head_num if options.layout in ("BSH", "SBH") else 1)
     if size > LARGEST_HEAD:
-        return f"{name} takes head sizes up to {LARGEST_HEAD}, not {size}"
+        return f"{FORWARD} takes head sizes up to {LARGEST_HEAD}, not {size}"
     if options.pse is None:
         return None
     if options.pse_type in SLOPES and any(queries != keys for queries, keys in _lengths(query, key, options)):
-        return f"{name} makes position biases for as many queries as keys only"
+        return f"{FORWARD} makes position biases for as many queries as keys only"
     if options.layout == "TND" and any(map(_has_empty, (options.actual_seq_qlen, options.actual_seq_kvlen))):
-        return f"{name} takes no position bias with empty sequences"
+        return f"{FORWARD} takes no position bias with empty sequences"
     return None
 
 
@@ -115,7 +115,7 @@ def _drawing_from(rng: Tensor | None, device: torch.device) -> Iterator[None]:
     "fusion_attention",
     "npu",
     devices=("npu",),
-    declines=lambda query, key, value, *rest: _declines(FORWARD, query, key, *rest),
+    declines=lambda query, key, value, *rest: _declines(query, key, *rest),
 )
 def fusion_attention(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
     """Forward; statistics [B, N, Sq, 8], or [T, N, 8] by token."""
@@ -135,7 +135,7 @@ def fusion_attention(query: Tensor, key: Tensor, value: Tensor, *rest: object) -
     "fusion_attention_backward",
     "npu",
     devices=("npu",),
-    declines=lambda dout, query, key, value, out, top, total, need_dpse, *rest: _declines(BACKWARD, query, key, *rest),
+    declines=lambda dout, query, key, value, out, top, total, need_dpse, *rest: _declines(query, key, *rest),
 )
 def fusion_attention_backward(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, top: Tensor, total: Tensor, need_dpse: bool,
