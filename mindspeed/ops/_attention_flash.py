@@ -9,6 +9,9 @@ from mindspeed.ops._attention import key_heads, log_sum_exp, problems, results, 
 from mindspeed.ops._attention_scores import Options, Segment, band, bias, excluded
 from mindspeed.ops._registry import register_kernel
 
+SHORT = 32
+"""Below about one vector of keys and without a mask, aten's kernel takes a row of NaN for one that sees nothing and gives 0."""
+
 
 def _no_flash(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> str | None:
     options = Options(*rest)
@@ -34,6 +37,11 @@ def _no_flash_backward(
     return "the gradient of pse is wanted" if need_dpse else _no_flash(query, key, value, *rest)
 
 
+def _dense(value: Tensor) -> Tensor:
+    """aten's kernel reads the last dimension as if its stride were 1, whatever it is."""
+    return value if value.stride(-1) == 1 else value.contiguous()
+
+
 def _flash_mask(options: Options, segment: Segment, q: Tensor, k: Tensor) -> tuple[bool, Tensor | None, Tensor | None]:
     """`(is_causal, additive mask, rows that see nothing)` for aten's kernel."""
     queries, keys = q.shape[2], k.shape[2]
@@ -41,11 +49,12 @@ def _flash_mask(options: Options, segment: Segment, q: Tensor, k: Tensor) -> tup
     low, high = band(options, segment, queries, keys)
     mask = excluded(options, segment, rows, queries, keys, q.device)
     added = bias(options, segment, rows, queries, keys)
-    if mask is None and added is None:
+    short = keys < SHORT
+    if mask is None and added is None and not short:
         return False, None, None
-    if added is None and low is None and high == 0 and mask.dim() == 2 and options.sparse_mode >= 2:
+    if not short and added is None and low is None and high == 0 and mask.dim() == 2 and options.sparse_mode >= 2:
         return True, None, None
-    additive = torch.zeros((), dtype=torch.float32 if q.dtype != torch.float64 else q.dtype)
+    additive = torch.zeros((queries, keys) if short else (), dtype=torch.float32 if q.dtype != torch.float64 else q.dtype)
     if added is not None:
         additive = additive + added.to(additive.dtype) * (options.scale if options.pse_type == 1 else 1.0)
     blind = None
@@ -66,7 +75,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Te
             continue
         causal, mask, blind = _flash_mask(options, segment, q, k)
         part, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=mask, scale=options.scale
+            *map(_dense, (q, k, v)), 0.0, causal, attn_mask=mask, scale=options.scale
         )
         lse, ones = lse.unsqueeze(-1), 1.0
         if blind is not None:  # the kernel reports 0 for rows that see nothing
@@ -103,11 +112,7 @@ def _flash_backward(
         causal, mask, _ = _flash_mask(options, segment, q, k)
         rows = segment.queries
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout_view[:, :, rows],
-            q,
-            k,
-            v,
-            out_view[:, :, rows],
+            *map(_dense, (dout_view[:, :, rows], q, k, v, out_view[:, :, rows])),
             lse[:, :, rows],
             0.0,
             causal,

@@ -50,8 +50,16 @@ def same_device(op: str, **tensors: Tensor | None) -> None:
     """Require all given tensors on the device of the first."""
     first_name, first = next(iter(tensors.items()))
     for name, value in tensors.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
         if value is not None and value.device != first.device:
             raise RuntimeError(f"{op}: {name} must be on {first.device} like {first_name}, got {value.device}")
+
+
+def near(op: str, name: str, value: Tensor, device: torch.device) -> None:
+    """Require a tensor on `device` or on the CPU, from where it will be moved."""
+    if value.device.type != "cpu" and value.device != device:
+        raise RuntimeError(f"{op}: {name} must be on {device} or on the CPU, got {value.device}")
 
 
 def require(op: str, name: str, condition: bool, rule: str, actual: object) -> None:

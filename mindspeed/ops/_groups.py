@@ -23,18 +23,22 @@ def as_tensor(op: str, name: str, group_list: Sequence[int] | Tensor, x: Tensor,
     """
     if isinstance(group_list, Tensor):
         _checks.tensor(op, name, group_list, (torch.int64,), ndim=1)
-        if group_list.device.type != "cpu" and group_list.device != x.device:
-            raise RuntimeError(f"{op}: {name} must be on {x.device} or on the CPU, got {group_list.device}")
+        _checks.near(op, name, group_list, x.device)
         on_device = group_list.to(x.device)
-    elif isinstance(group_list, (list, tuple)):
-        if not all(isinstance(value, int) for value in group_list):
-            raise TypeError(f"{op}: {name} must hold integers, got {list(group_list)}")
-        on_device = torch.tensor(group_list, dtype=torch.int64, device=x.device)
     else:
-        raise TypeError(f"{op}: {name} must be a list of int or an int64 tensor, got {type(group_list).__name__}")
+        check_integers(op, name, group_list)
+        on_device = torch.tensor(group_list, dtype=torch.int64, device=x.device)
     if groups is not None:
         _checks.require(op, name, len(group_list) == groups, f"must have one entry per group ({groups})", len(group_list))
     return on_device
+
+
+def check_integers(op: str, name: str, values: object) -> None:
+    """Require a list or tuple of integers."""
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{op}: {name} must be a list of int or an int64 tensor, got {type(values).__name__}")
+    if not all(isinstance(value, int) for value in values):
+        raise TypeError(f"{op}: {name} must hold integers, got {list(values)}")
 
 
 def check_values(op: str, name: str, group_list: Sequence[int] | Tensor, rows: int, list_type: int) -> None:

@@ -76,4 +76,5 @@ def unpermute(permuted_tokens: Tensor, row_map: RowMap, restore_shape: Sequence[
     if probs is not None:
         _checks.tensor(op, "probs", probs)
         _checks.shape(op, "probs", probs, row_map.tensor.shape)
+    _checks.same_device(op, permuted_tokens=permuted_tokens, row_map=row_map.tensor, probs=probs)
     return torch.ops.mindspeed.moe_token_unpermute(permuted_tokens, row_map.tensor, probs)

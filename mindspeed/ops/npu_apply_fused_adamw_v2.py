@@ -44,6 +44,7 @@ def npu_apply_fused_adamw_v2(
         _checks.dtype_of(OP, name, tensors[name], param.dtype)
     _checks.tensor(OP, "state_step", state_step, (torch.int64, torch.float32))
     _checks.require(OP, "state_step", state_step.numel() == 1, "must have one element", tuple(state_step.shape))
+    _checks.near(OP, "state_step", state_step, param.device)
     _checks.same_device(OP, param=param, **tensors)
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         _checks.require(OP, name, 0.0 <= beta < 1.0, "must lie in [0, 1)", beta)

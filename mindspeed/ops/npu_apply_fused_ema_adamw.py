@@ -38,6 +38,7 @@ def npu_apply_fused_ema_adamw(
         _checks.shape(OP, name, value, var.shape)
     _checks.tensor(OP, "step", step, (torch.int64,))
     _checks.require(OP, "step", step.numel() == 1, "must have one element", tuple(step.shape))
+    _checks.near(OP, "step", step, var.device)
     _checks.same_device(OP, var=var, grad=grad, m=m, v=v, s=s)
     _checks.option(OP, "mode", mode, (0, 1))
     _checks.require(OP, "ema_decay", 0.0 <= ema_decay <= 1.0, "must lie in [0, 1]", ema_decay)

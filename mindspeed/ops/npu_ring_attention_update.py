@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mindspeed.ops import _checks
 from mindspeed.ops._blocks import block_rows, row_blocks, widen
-from mindspeed.ops._groups import ENDS, SIZES, host_sizes
+from mindspeed.ops._groups import ENDS, SIZES, check_integers, host_sizes
 from mindspeed.ops._registry import define, on_host, register_kernel, strict
 from mindspeed.ops._softmax_statistics import block_index, to_blocks, to_tokens
 
@@ -49,7 +49,8 @@ def npu_ring_attention_update(
         _checks.tensor(OP, name, cur, dtypes)
         _checks.shape(OP, name, cur, prev.shape)
         _checks.dtype_of(OP, name, cur, prev.dtype)
-        _checks.same_device(OP, prev_attn_out=prev_attn_out, **{name: cur})
+    every = {name.replace("cur", "prev"): prev for name, (_, prev) in pairs.items()}
+    _checks.same_device(OP, **every, **{name: cur for name, (cur, _) in pairs.items()})
     _checks.option(OP, "layout", layout, ("SBH", "TND"))
     _checks.option(OP, "softmax_layout", softmax_layout, ("", "TND"))
     _check_statistics(prev_attn_out, prev_softmax_max, prev_softmax_sum, layout)
@@ -98,9 +99,11 @@ def _ends(actual_seq_qlen: Tensor | Sequence[int], attn_out: Tensor) -> Tensor:
     """Cumulative ends with leading 0 as an int64 tensor on the device of the results [T, N, D]."""
     name, (tokens, *_), device = "actual_seq_qlen", attn_out.shape, attn_out.device
     if not isinstance(actual_seq_qlen, Tensor):
+        check_integers(OP, name, actual_seq_qlen)
         lengths = host_sizes(OP, name, actual_seq_qlen, tokens, SIZES)
         return torch.tensor([0, *lengths], dtype=torch.int64, device=device).cumsum(0)
     _checks.tensor(OP, name, actual_seq_qlen, (torch.int64,), ndim=1)
+    _checks.near(OP, name, actual_seq_qlen, device)
     if on_host(actual_seq_qlen) or strict():
         values = actual_seq_qlen.tolist()
         _checks.require(OP, name, values[:1] == [0], "must hold cumulative ends with a leading 0", values)

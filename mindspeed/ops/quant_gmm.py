@@ -98,9 +98,9 @@ def _quant_gmm(
     _checks.same_device(op, x=x, weight=weight, scale=scale, per_token_scale=per_token_scale, bias=bias)
     _checks.require(op, "group_list", group_list is not None or groups == 1, "may be left out for a single group only", None)
     group_list = [x.shape[0]] if group_list is None else group_list
+    on_device = as_tensor(op, "group_list", group_list, x, list_type, groups)
     check_values(op, "group_list", group_list, x.shape[0], list_type)
-    group_list = as_tensor(op, "group_list", group_list, x, list_type, groups)
-    return torch.ops.mindspeed.quant_gmm(x, weight, scale, per_token_scale, bias, group_list, list_type, output_dtype, act_type)
+    return torch.ops.mindspeed.quant_gmm(x, weight, scale, per_token_scale, bias, on_device, list_type, output_dtype, act_type)
 
 
 def _reference(

@@ -24,8 +24,7 @@ def sort_chunks(x: Tensor, split_sizes: Tensor, order: Tensor) -> Tensor:
     _checks.require(OP, "x", x.dim() >= 1, "must have at least 1 dimension", f"shape {tuple(x.shape)}")
     for name, value in (("split_sizes", split_sizes), ("order", order)):
         _checks.tensor(OP, name, value, _checks.INDICES, ndim=1)
-        if value.device.type != "cpu" and value.device != x.device:
-            raise RuntimeError(f"{OP}: {name} must be on {x.device} or on the CPU, got {value.device}")
+        _checks.near(OP, name, value, x.device)
     _checks.shape(OP, "order", order, split_sizes.shape)
     readable = on_host(split_sizes) and on_host(order)
     split_sizes, order = (value.to(x.device, torch.int64) for value in (split_sizes, order))

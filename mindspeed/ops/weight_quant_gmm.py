@@ -79,9 +79,9 @@ def _weight_quant_gmm(
     _checks.forward_only(op, "use npu_gmm with a float weight for training", x, antiquant_scale, antiquant_offset, bias)
     _checks.require(op, "group_list", group_list is not None or groups == 1, "may be left out for a single group only", None)
     group_list = [x.shape[0]] if group_list is None else group_list
+    on_device = as_tensor(op, "group_list", group_list, x, list_type, groups)
     check_values(op, "group_list", group_list, x.shape[0], list_type)
-    group_list = as_tensor(op, "group_list", group_list, x, list_type, groups)
-    return torch.ops.mindspeed.weight_quant_gmm(x, weight, antiquant_scale, antiquant_offset, bias, group_list, list_type)
+    return torch.ops.mindspeed.weight_quant_gmm(x, weight, antiquant_scale, antiquant_offset, bias, on_device, list_type)
 
 
 def _reference(

@@ -171,3 +171,16 @@ def test_value_heads_may_be_smaller():
     q, k, v = heads(dv=4)
     assert_operator_accurate(lambda *a: attention(*a, 4, "BNSD", scale=0.3)[0], lambda *a: textbook(*a, 0.3)[0], q, k, v)
     assert backend_report("cpu")["fusion_attention"].reason.startswith("aten's flash attention on CPU wants equal head sizes")
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 40])
+def test_nan_spreads_to_the_rows_that_see_it(size, causal, body):
+    q, k, v = (t.detach() for t in heads(sq=size, sk=size))
+    q[0, 1, -1, 0] = float("nan")
+    options = {"atten_mask": CAUSAL_PATTERN, "sparse_mode": 2} if causal else {}
+    with backends(f"fusion_attention={body}"):
+        out, top, total, *_ = attention(q, k, v, 4, "BNSD", **options)
+    assert out[0, 1, -1].isnan().all() and (top + total.log())[0, 1, -1].isnan().all()
+    assert out[1].isfinite().all() and out[0, 0].isfinite().all() and out[0, 1, :-1].isfinite().all()
