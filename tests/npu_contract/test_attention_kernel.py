@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from unittest import mock
+
 import pytest
 import torch
 
@@ -9,11 +12,28 @@ from mindspeed.testing.npu_contract import npu_contract
 
 BF16 = torch.bfloat16
 B, N, G, S, D = 2, 4, 2, 8, 16
+NO_LIMIT = 2147483647
 
 
 def heads(count, length=S, dim=D, dtype=BF16):
     """[B, heads, S, D] view of sequence-first memory, as the layers hand it over."""
     return torch.zeros(length, B, count, dim, dtype=dtype, device="npu").permute(1, 2, 0, 3)
+
+
+@contextlib.contextmanager
+def arguments_of_kernels():
+    """The keyword arguments of `npu_fusion_attention_v2` and of its gradient, call by call; both really run."""
+    import torch_npu
+
+    seen = []
+
+    def watched(original):
+        return lambda *tensors, **options: seen.append(options) or original(*tensors, **options)
+
+    with contextlib.ExitStack() as stack:
+        for name in ("npu_fusion_attention_v2", "npu_fusion_attention_grad_v2"):
+            stack.enter_context(mock.patch.object(torch_npu, name, watched(getattr(torch_npu, name))))
+        yield seen
 
 
 def scoring_of(kind, **options):
@@ -27,6 +47,7 @@ def scoring_of(kind, **options):
         "band": (Visibility(past=3, future=0), None),
         "mask": (FULL, MaskBias(torch.zeros(S, S, dtype=torch.bool, device="npu"))),
         "alibi": (CAUSAL, AlibiBias(slopes, positions, positions)),
+        "alibi-root": (FULL, AlibiBias(slopes, positions + 24, positions + 8, "root")),
         "alibi-signed": (CAUSAL, AlibiBias(slopes, positions, positions, "signed")),
         "tensor": (FULL, torch.zeros(1, N, S, S, device="npu")),
     }[kind]
@@ -67,6 +88,75 @@ def test_one_kernel_forward_and_one_backward(calls, kind, order):
     statistics = [argument for argument in call.tensors if argument.shape == (B, N, S, 8)]
     assert [argument.dtype for argument in statistics] == ["float32", "float32"]
     assert [(gradient.shape, gradient.dtype) for gradient in gradients] == [(value.shape, BF16) for value in (q, k, v)]
+
+
+MODES = {  # sparse_mode, pre_tokens, next_tokens, inner_precise, pse_type, q_start_idx, kv_start_idx
+    "causal": (2, NO_LIMIT, NO_LIMIT, 0, 1, None, None),
+    "full": (0, NO_LIMIT, NO_LIMIT, 0, 1, None, None),
+    "band": (4, 3, 0, 0, 1, None, None),
+    "mask": (1, NO_LIMIT, NO_LIMIT, 2, 1, None, None),
+    "alibi": (2, NO_LIMIT, NO_LIMIT, 0, 2, [0], [0]),
+    "alibi-root": (0, NO_LIMIT, NO_LIMIT, 0, 3, [24], [8]),
+    "alibi-signed": (2, NO_LIMIT, NO_LIMIT, 0, 0, None, None),
+    "tensor": (1, NO_LIMIT, NO_LIMIT, 2, 0, None, None),
+}
+
+
+@npu_contract()
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("kind", MODES)
+def test_how_the_kernel_is_told_what_is_visible(calls, kind, dropout):
+    """The same in both directions, for grouped heads, values of another size, with and without dropout."""
+    from mindspeed.core.attention import Dropout, attend, attend_backward
+
+    q, k, v = heads(N), heads(G), heads(G, dim=8)
+    scoring = scoring_of(kind, dropout=Dropout(0.25, seed=11) if dropout else None)
+    with arguments_of_kernels() as seen:
+        out, lse, state = attend(q, k, v, scoring)
+        gradients = attend_backward(out, q, k, v, out, lse, scoring, state)
+    forward, backward = seen
+    names = ("sparse_mode", "pre_tokens", "next_tokens", "inner_precise", "pse_type", "q_start_idx", "kv_start_idx")
+    for options in seen:
+        assert tuple(options[name] for name in names) == MODES[kind]
+        assert options["keep_prob"] == (0.75 if dropout else 1.0)
+    assert (forward["scale"], backward["scale_value"]) == (0.25, 0.25)
+    numels = B * N * S * S
+    assert state == ((11, 0, numels) if dropout else None)
+    assert tuple(backward[name] for name in ("seed", "offset", "numels")) == (state or (0, 0, 0))
+    assert [(gradient.shape, gradient.dtype) for gradient in gradients] == [(value.shape, BF16) for value in (q, k, v)]
+    assert (out.shape, lse.shape) == ((B, N, S, 8), (B, N, S))
+
+
+@npu_contract()
+@pytest.mark.parametrize(
+    ("past", "future", "shift", "queries", "keys", "expected"),
+    [
+        (3, 0, 0, 8, 8, (4, 3, 0, 0)),
+        (5, 0, -4, 4, 8, (4, 5, 0, 0)),  # the last rows of a square: the corners coincide
+        (5, 6, 0, 4, 8, (4, 9, 2, 0)),  # the band counts from the upper left corner, the kernel from the lower right
+        (None, 0, 4, 8, 4, (4, NO_LIMIT, 0, 2)),  # the first rows see nothing
+        (2, 0, 8, 8, 8, (1, NO_LIMIT, NO_LIMIT, 2)),  # beside the diagonal: a mask
+    ],
+)
+def test_bands_of_tiles_that_are_not_square(calls, past, future, shift, queries, keys, expected):
+    from mindspeed.core.attention import Scoring, Visibility, attend
+
+    with arguments_of_kernels() as seen:
+        attend(heads(N, queries), heads(G, keys), heads(G, keys), Scoring(0.25, Visibility(past, future, shift)))
+    (options,) = seen
+    assert tuple(options[name] for name in ("sparse_mode", "pre_tokens", "next_tokens", "inner_precise")) == expected
+
+
+@npu_contract()
+def test_slopes_of_a_tile_that_is_not_square_become_a_tensor(calls):
+    """The kernel makes position biases for as many queries as keys only."""
+    from mindspeed.core.attention import FULL, Scoring, attend
+    from mindspeed.core.attention.bias import AlibiBias
+
+    bias = AlibiBias(torch.ones(N, device="npu"), torch.arange(4) + 8, torch.arange(8))
+    with arguments_of_kernels() as seen:
+        attend(heads(N, 4), heads(G, 8), heads(G, 8), Scoring(0.25, FULL, bias))
+    assert (seen[0]["pse_type"], seen[0]["q_start_idx"], tuple(seen[0]["pse"].shape)) == (0, None, (1, N, 4, 8))
 
 
 @npu_contract()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -59,6 +61,81 @@ def test_dropout_mask_is_made_again_in_backward_from_the_same_state(calls, layou
     out.backward(torch.zeros_like(out))
     assert kernels(calls).count("aclnnDropoutGenMaskV2") == 1
     assert generator.get_offset() >= 40 + numels
+
+
+@npu_contract()
+@pytest.mark.parametrize("keep_prob", [1.0, 0.75])
+@pytest.mark.parametrize("mode", [2, 3, 4, 7, 8])
+def test_documents_are_one_launch_each_way(calls, mode, keep_prob):
+    """Packed sequences, one of them empty, grouped heads, values of another size, and the 2048 x 2048 triangle."""
+    import torch_npu
+
+    from mindspeed.ops.fusion_attention_v2 import npu_fusion_attention
+
+    q, k, v = tensor(16, 4, 16, grad=True), tensor(16, 2, 16, grad=True), tensor(16, 2, 8, grad=True)
+    triangle = torch.ones(2048, 2048, dtype=torch.bool, device="npu").triu_(1)
+    ends = {"actual_seq_qlen": [6, 6, 16], "actual_seq_kvlen": [6, 6, 16]}
+    options = {"sparse_mode": mode, "pre_tokens": 16, "next_tokens": 0, "atten_mask": triangle, "keep_prob": keep_prob}
+    seen = []
+    original = torch_npu.npu_fusion_attention_grad_v2
+
+    def watched(*tensors, **given):
+        seen.append(given)
+        return original(*tensors, **given)
+
+    calls.reset()
+    out, top, total, _, seed, offset, numels = npu_fusion_attention(q, k, v, 4, "TND", scale=0.25, **ends, **options)
+    mask = [] if keep_prob == 1.0 else ["aclnnDropoutGenMaskV2"]
+    assert kernels(calls) == [*mask, "aclnnFlashAttentionVarLenScoreV2"]
+    (call,) = (call for call in calls if "FlashAttention" in call.name)
+    assert [argument.shape for argument in call.tensors[:3]] == [(16, 4, 16), (16, 2, 16), (16, 2, 8)]
+    assert (2048, 2048) in [argument.shape for argument in call.tensors if argument.dtype == "bool"]
+    assert call.int_lists.count((6, 6, 16)) == 2, call.int_lists
+    assert (out.shape, top.shape, total.shape) == ((16, 4, 8), (16, 4, 8), (16, 4, 8))
+    calls.reset()
+    with mock.patch.object(torch_npu, "npu_fusion_attention_grad_v2", watched):
+        out.backward(torch.zeros_like(out))
+    assert [name.rstrip("V23") for name in kernels(calls)] == [
+        *(name.rstrip("V2") for name in mask),
+        "aclnnFlashAttentionUnpaddingScoreGrad",
+    ]
+    (given,) = seen
+    assert (given["sparse_mode"], given["pre_tokens"], given["next_tokens"], given["softmax_layout"]) == (mode, 16, 0, "TND")
+    expected = (seed, offset, numels) if mask else (0, 0, 0)
+    assert (given["seed"], given["offset"], given["numels"]) == expected
+    assert numels == (4 * (6 * 6 + 10 * 10) if mask else 0)
+    assert [value.grad.shape for value in (q, k, v)] == [q.shape, k.shape, v.shape]
+
+
+@npu_contract()
+@pytest.mark.parametrize(
+    ("layout", "shapes", "options", "reason"),
+    [
+        ("BNSD", ((2, 4, 8, 16), (2, 4, 8, 16)), {"dtype": torch.float64}, "has no float64"),
+        ("BNSD", ((1, 257, 2, 8), (1, 257, 2, 8)), {}, "takes at most 256 heads, not 257"),
+        ("SBH", ((2, 1, 784), (2, 1, 784)), {"heads": 1}, "takes head sizes up to 768, not 784"),
+        ("BNSD", ((2, 4, 4, 16), (2, 4, 8, 16)), {"pse": (4,), "pse_type": 2}, "for as many queries as keys only"),
+        ("TND", ((16, 4, 16), (16, 4, 16)), {"pse": (4,), "pse_type": 3, "ends": [8, 8, 16]}, "with empty sequences"),
+    ],
+)
+def test_beyond_the_limits_of_the_kernel_both_directions_are_the_plain_form(calls, layout, shapes, options, reason):
+    from mindspeed.ops import backend_report
+    from mindspeed.ops.fusion_attention_v2 import npu_fusion_attention
+
+    dtype = options.get("dtype", BF16)
+    q, k, v = (tensor(*shape, dtype=dtype, grad=True) for shape in (*shapes, shapes[1]))
+    given = {"pse_type": options.get("pse_type", 1)}
+    if "pse" in options:
+        given["pse"] = tensor(*options["pse"], dtype=FP32)
+    if "ends" in options:
+        given |= {"actual_seq_qlen": options["ends"], "actual_seq_kvlen": options["ends"]}
+    heads = options.get("heads", q.shape[1])
+    out = npu_fusion_attention(q, k, v, heads, layout, **given)[0]
+    out.backward(torch.zeros_like(out))
+    for name in ("fusion_attention", "fusion_attention_backward"):
+        report = backend_report("npu")[name]
+        assert report.kernel == "ref" and reason in report.reason
+    assert kernels(calls) == []
 
 
 @npu_contract()
