@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mindspeed.ops import _checks, _moe  # noqa: F401  (_moe defines the operator)
+from mindspeed.ops._registry import strict
 
 DESTINATION = "destination"
 
@@ -53,6 +54,15 @@ def permute(
     if num_out_tokens is None:
         drop_and_pad = False
         num_out_tokens = int(routing_map.sum())
+    pairs = routing_map.numel()
+    _checks.require(op, "num_out_tokens", 0 <= num_out_tokens, "must not be negative", num_out_tokens)
+    if not drop_and_pad:
+        _checks.require(op, "num_out_tokens", num_out_tokens <= pairs, f"must be at most {pairs} pairs", num_out_tokens)
+    if strict() and not drop_and_pad:
+        routed = int(routing_map.sum())
+        _checks.require(
+            op, "num_out_tokens", num_out_tokens <= routed, f"must be at most {routed} routed pairs", num_out_tokens
+        )
     permuted, permuted_probs, row_map = torch.ops.mindspeed.moe_permute_map(
         tokens, routing_map, probs, num_out_tokens, drop_and_pad
     )
