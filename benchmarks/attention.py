@@ -235,8 +235,8 @@ def masks_causal(run: Run) -> Counted:
 
 @_visit_case("band")
 def masks_band(run: Run) -> Counted:
-    """The same with a band of 4096 keys; narrower ones visit more, (width + 255) / width, because calls get 256 rows."""
-    return _visits(SequenceLayout(8192, past=4095))
+    """The same with a band of 1024 keys; narrower ones visit more, since calls get 256 rows."""
+    return _visits(SequenceLayout(4096, past=1023))
 
 
 @_visit_case("documents")
