@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,21 @@ def flipped(constants):
     return {name: not value if isinstance(value, bool) and name != "UPCAST" else value for name, value in constants.items()}
 
 
+def in_dtype(builds, dtype):
+    """The builds with pointers to another floating type where they have bfloat16."""
+    return tuple(replace(build, types=build.types.replace("*bf16", f"*{dtype}")) for build in builds if "*bf16" in build.types)
+
+
+def variants(name, capability):
+    """All kernels of a file in all dtypes: bfloat16 on both devices, float16 with every switch the other way, float32."""
+    builds = load(name).BUILDS
+    if capability == 90:
+        turned = tuple(replace(build, constants=flipped(build.constants)) for build in builds)
+        return builds + in_dtype(turned, "fp16") + tuple(build for build in turned if "*bf16" not in build.types)
+    # float32 products need tiles of another size, which have builds of their own
+    return builds if "grouped" in name else builds + in_dtype(builds, "fp32")
+
+
 def compiled(build, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -41,8 +57,12 @@ def compiled(build, capability):
     names = [name for name in build.kernel.arg_names if name not in build.constants]
     types = build.types.split()
     assert len(names) == len(types), f"{build.kernel.__name__}: arguments {names}, types {types}"
-    signature = {name: "constexpr" for name in build.constants} | dict(zip(names, types, strict=True))
-    source = ASTSource(build.kernel, {name: signature[name] for name in build.kernel.arg_names}, constexprs=build.constants)
+    signature = dict(zip(names, types, strict=True))
+    if "constexprs" in inspect.signature(ASTSource).parameters:
+        signature |= dict.fromkeys(build.constants, "constexpr")
+        source = ASTSource(build.kernel, {name: signature[name] for name in build.kernel.arg_names}, constexprs=build.constants)
+    else:  # Triton 3.2
+        source = ASTSource(build.kernel, signature, constants=build.constants)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=build.options)
 
 
@@ -51,10 +71,7 @@ def compiled(build, capability):
 def test_kernels_compile(name, capability, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # unset, Triton 3.9 warns that 3.10 changes the default
-    builds = load(name).BUILDS
-    if capability == 90:  # once more with every switch the other way
-        builds += tuple(replace(build, constants=flipped(build.constants)) for build in builds)
-    for build in builds:
+    for build in variants(name, capability):
         binary = compiled(build, capability)
         assert f"sm_{capability}" in binary.asm["ptx"]
         assert binary.asm["cubin"].startswith(b"\x7fELF")

@@ -47,15 +47,15 @@ def multiply_int8(
     """`y_g = act((x_g @ W_g + bias_g) * scale_g * row_scale)`; rows after the last group become zero."""
     group, first, end = find_tile(ends_ptr, groups, rows, BLOCK_G, BLOCK_M)
     row = first + tl.arange(0, BLOCK_M).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     live_row, live_column = row < end, column < columns
     valid = live_row & (row * 0 + group < groups)
     group = tl.minimum(group, groups - 1).to(tl.int64)
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32)
     for start in range(0, inner, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
+        k = start + tl.arange(0, BLOCK_K).to(tl.int64)
         a = tl.load(x_ptr + row[:, None] * x_m + k[None, :] * x_k, mask=valid[:, None] & (k[None, :] < inner), other=0)
-        weight = weight_ptr + group * weight_g + k[:, None].to(tl.int64) * weight_k + column[None, :] * weight_n
+        weight = weight_ptr + group * weight_g + k[:, None] * weight_k + column[None, :] * weight_n
         b = tl.load(weight, mask=(k[:, None] < inner) & live_column[None, :], other=0)
         total += tl.dot(a, b, out_dtype=tl.int32)
     if BIAS:
@@ -82,7 +82,7 @@ def multiply_int8_weight(
     """`y_g = x_g @ ((W_g + offset_g) * scale_g) + bias_g`, the weight rounded to the dtype of x before the product."""
     group, first, end = find_tile(ends_ptr, groups, rows, BLOCK_G, BLOCK_M)
     row = first + tl.arange(0, BLOCK_M).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     live_row, live_column = row < end, column < columns
     valid = live_row & (row * 0 + group < groups)
     group = tl.minimum(group, groups - 1).to(tl.int64)
@@ -90,9 +90,9 @@ def multiply_int8_weight(
     scale = tl.load(scale_ptr + place, mask=live_column, other=0.0).to(tl.float32)[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for start in range(0, inner, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
+        k = start + tl.arange(0, BLOCK_K).to(tl.int64)
         a = tl.load(x_ptr + row[:, None] * x_m + k[None, :] * x_k, mask=valid[:, None] & (k[None, :] < inner), other=0.0)
-        weight = weight_ptr + group * weight_g + k[:, None].to(tl.int64) * weight_k + column[None, :] * weight_n
+        weight = weight_ptr + group * weight_g + k[:, None] * weight_k + column[None, :] * weight_n
         b = tl.load(weight, mask=(k[:, None] < inner) & live_column[None, :], other=0).to(tl.float32)
         if OFFSET:
             b += tl.load(offset_ptr + place, mask=live_column, other=0.0).to(tl.float32)[None, :]

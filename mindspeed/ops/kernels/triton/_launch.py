@@ -82,8 +82,15 @@ def too_long(size: int) -> str | None:
     return f"rows of {size} elements are longer than {MAX_ROW}" if size > MAX_ROW else None
 
 
-def row_programs(x: Tensor, rows: int) -> tuple[int, int]:
-    """(programs, rows per program) for kernels that add up over rows: one program per processor of the device."""
+RESIDENT_WARPS = 32
+"""Warps per processor that kernels which add up over rows keep busy: half of what the largest devices hold, enough to hide memory."""
+
+
+def row_programs(x: Tensor, rows: int, warps: int) -> tuple[int, int]:
+    """(programs, rows per program) for kernels that add up over rows, with `warps` warps for each slice of rows.
+
+    A few programs per processor of the device: enough loads are under way, and the partial sums stay few.
+    """
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
-    per_program = triton.cdiv(rows, processors)
+    per_program = triton.cdiv(rows, processors * max(1, RESIDENT_WARPS // warps))
     return triton.cdiv(rows, per_program), per_program

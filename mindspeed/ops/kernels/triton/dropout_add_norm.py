@@ -158,7 +158,8 @@ def dropout_add_norm_backward(
     dy_rows, nothing = as_rows(dy), pre.new_empty(0)
     rows, size = dy_rows.shape
     dpre_rows, x_rows = (dy_rows if value is None else as_rows(value) for value in (dpre, x0))
-    programs, per_program = row_programs(dy, rows)
+    options = row_block(size)
+    programs, per_program = row_programs(dy, rows, options["num_warps"])
     dx0 = torch.empty(pre.shape, dtype=dy.dtype, device=dy.device)
     dresidual = nothing if residual_dtype is None else torch.empty(pre.shape, dtype=residual_dtype, device=dy.device)
     drowscale = torch.empty(pre.shape[:-1], dtype=rowscale.dtype, device=dy.device) if rowscale is not None else nothing
@@ -168,7 +169,7 @@ def dropout_add_norm_backward(
         mean, rstd, dx0, dresidual, drowscale, partial, dy_rows.stride(0), dpre_rows.stride(0), x_rows.stride(0),
         rows, size, per_program, programs * size, *_random_state(rng, p),
         DPRE=dpre is not None, SCALES=x0 is not None, RESIDUAL=residual_dtype is not None, ROWSCALE=rowscale is not None,
-        LAYERSCALE=layerscale is not None, DROPOUT=rng is not None, RMS=mean.numel() == 0, **row_block(size),
+        LAYERSCALE=layerscale is not None, DROPOUT=rng is not None, RMS=mean.numel() == 0, **options,
     )  # fmt: skip
     dweight, dbias, dlayerscale = partial.sum(1)
     return (

@@ -64,12 +64,13 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tu
     """Gradients of x and weight."""
     x_rows, dy_rows = as_rows(x), as_rows(dy)
     rows, size = x_rows.shape
-    programs, per_program = row_programs(x, rows)
+    options = row_block(size)
+    programs, per_program = row_programs(x, rows, options["num_warps"])
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partial = torch.empty(programs, size, dtype=torch.float32, device=x.device)
     _backward[(programs,)](
         dy_rows, x_rows, weight.contiguous(), rstd.contiguous(), dx, partial, dy_rows.stride(0), x_rows.stride(0),
-        rows, size, per_program, **row_block(size),
+        rows, size, per_program, **options,
     )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype)
 

@@ -146,10 +146,10 @@ def bias_swiglu_backward(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, T
     """Gradients of x and bias."""
     x_rows, dy_rows, size = as_rows(x), as_rows(dy), x.shape[-1] // 2
     rows = x_rows.shape[0]
-    programs, per_program = row_programs(x, rows)
+    block = min(COLUMNS, triton.next_power_of_2(size))
+    programs, per_program = row_programs(x, rows, 4 * triton.cdiv(size, block))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partial = torch.empty(programs, 2 * size, dtype=torch.float32, device=x.device)
-    block = min(COLUMNS, triton.next_power_of_2(size))
     _bias_backward[(programs, triton.cdiv(size, block))](
         dy_rows,
         x_rows,
