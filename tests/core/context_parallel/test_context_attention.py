@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from mindspeed.core.attention import Dropout
+from mindspeed.core.context_parallel.adaptive.planner import AdaptivePlanner
 from mindspeed.core.context_parallel.batches import BatchLayouts
 from mindspeed.core.context_parallel.context_attention import context_attention
 from mindspeed.core.context_parallel.gathered_attention import heads_first, sequence_first
 from mindspeed.core.context_parallel.groups import ContextGroups, group_members
 from mindspeed.core.context_parallel.maker import LayoutMaker
-from mindspeed.core.context_parallel.plan import GATHER, HYBRID, RING, ULYSSES, ContextPlan
+from mindspeed.core.context_parallel.plan import ADAPTIVE, GATHER, HYBRID, HYBRID_ADAPTIVE, RING, ULYSSES, ContextPlan
 from mindspeed.core.context_parallel.scope import current_layout
 from mindspeed.core.context_parallel.work import AlibiBias, AttentionOptions
 from mindspeed.notices import warn_once
@@ -100,6 +101,56 @@ def test_every_algorithm_and_mask_equals_dense(world, name):
     assert_parity(attention_of(plan, groups, layout, options), layout, world.rank, bias=bias, **sizes)
     groups.drop()
     assert groups.cp is None and groups.get("cp_ring") is None
+
+
+def assert_shapes(world, plan):
+    """Odd shares, grouped and single key heads, one and two samples, values of another size, fp32 and bf16."""
+    groups, heads = ContextGroups(), 8
+    groups.create(plan, world.group, overlap=False)
+    planner = AdaptivePlanner(groups) if plan.algorithm in (ADAPTIVE, HYBRID_ADAPTIVE) else None
+    length = 14 * world.size  # chunks of 7
+    hidden = torch.rand(length, length, generator=torch.Generator().manual_seed(3)) < 0.6
+    hidden[5], hidden[length - 1] = True, True
+    masks = [{}, {"past": 11}, {"custom_mask": hidden}]
+    for mask in masks if planner else [*masks, {"future": None}, {"boundaries": ((0, 1, 2, 31, length), (0, length))}]:
+        layout = plan.layout(length, **mask)
+        layout = planner.remapped(layout) if planner else layout
+        attention = attention_of(plan, groups, layout, AttentionOptions(0.3))
+        sizes = [dict(groups=2), dict(groups=1, value_dim=4), dict(groups=8, dtype=torch.bfloat16), dict(groups=2, batch=1)]
+        for size in [dict(groups=1)] if plan.allgather_kv else sizes:
+            if size.get("batch") != 1 or not layout.samples_differ:
+                assert_parity(attention, layout, world.rank, heads=heads, **size)
+    groups.drop()
+
+
+MORE = {"adaptive": ContextPlan(ADAPTIVE, 4), "hybrid adaptive": ContextPlan(HYBRID_ADAPTIVE, 4, degree=2)}
+
+
+@ranks(4)
+@pytest.mark.parametrize("name", [*PLANS, *MORE])
+def test_odd_shares_and_any_heads(world, name):
+    assert_shapes(world, (PLANS | MORE)[name])
+
+
+EIGHT = {
+    "ring": ContextPlan(RING, 8),
+    "double ring of 2": ContextPlan(RING, 8, window=2, cache="full"),
+    "double ring of 4": ContextPlan(RING, 8, window=4),
+    "hybrid 2 x 4": ContextPlan(HYBRID, 8, degree=2),
+    "hybrid 2 x double ring": ContextPlan(HYBRID, 8, degree=2, window=2, cache="half"),
+    "hybrid 4 x 2": ContextPlan(HYBRID, 8, degree=4),
+    "ulysses": ContextPlan(ULYSSES, 8),
+    "gather": ContextPlan(GATHER, 8),
+    "adaptive": ContextPlan(ADAPTIVE, 8),
+    "hybrid adaptive": ContextPlan(HYBRID_ADAPTIVE, 8, degree=2),
+}
+
+
+@pytest.mark.slow
+@ranks(8)
+@pytest.mark.parametrize("name", EIGHT)
+def test_eight_ranks(world, name):
+    assert_shapes(world, EIGHT[name])
 
 
 def test_flags_reach_the_plan():
