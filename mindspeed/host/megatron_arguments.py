@@ -91,8 +91,12 @@ class ArgumentHooks:
         given = frozenset(getattr(args, "given_flags", ()))
         with quiet_unless_first():
             active = runtime.settle(args, given)
-        with self._holding_prints(), activation.overridden(args, active, platform=runtime.platform.name):
-            validated = original(args, defaults or {})
+        try:
+            with self._holding_prints(), activation.overridden(args, active, platform=runtime.platform.name):
+                validated = original(args, defaults or {})
+        except AssertionError:
+            runtime.check(args, given)  # the same rule is ours, too, more often than not, with numbers and a remedy
+            raise
         validated.mindspeed = args.mindspeed
         runtime.host.args = validated
         runtime.activate(runtime.check(validated, given))
