@@ -162,6 +162,8 @@ class Registry:
             return tuple(kernel for kernel in kernels if not kernel.opt_in)  # another member of the family has it
         if not chosen and named:
             valid = sorted({"auto", "ref", *(kernel.backend for kernel in kernels)})
+            if choice == "triton" and device == "cpu" and not missing:
+                missing = "Triton runs on a CPU under TRITON_INTERPRET=1 only"
             why = f" ({missing})" if missing else ""
             raise ValueError(
                 f"MINDSPEED_OPS: {operator.family}={choice} is not available on {device}{why}; use one of {', '.join(valid)}"
@@ -349,4 +351,4 @@ def on_host(value: Tensor) -> bool:
 
 def strict() -> bool:
     """Whether `MINDSPEED_OPS_STRICT=1` asks for value checks that need a device synchronisation."""
-    return os.environ.get("MINDSPEED_OPS_STRICT", "0") == "1"
+    return os.environ.get("MINDSPEED_OPS_STRICT", "0") not in ("", "0")

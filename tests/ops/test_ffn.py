@@ -114,12 +114,51 @@ def test_operator_is_well_formed():
         ({"bias1": torch.ones(6).half()}, TypeError, "bias1 must have dtype float32"),
         ({"output_dtype": torch.float16}, ValueError, "output_dtype must be one of None, torch.float32, got torch.float16"),
         ({"x": torch.ones(4)}, ValueError, "x must have 2 to 8 dimensions"),
+        ({"activation": None}, ValueError, "activation must be one of 'fastgelu'.*, got None"),
+        ({"offset": torch.ones(1)}, ValueError, "offset is for int8 x, got a tensor"),
+        ({"antiquant_offset1": torch.ones(6)}, ValueError, "antiquant_offset1 is for float x and int8 weights"),
+        ({"weight1": torch.ones(4, 6, device="meta")}, RuntimeError, "weight1 must be on cpu like x, got meta"),
+        ({"bias2": torch.ones(2)}, ValueError, r"bias2 must have shape \(3,\), got \(2,\)"),
     ],
 )
 def test_errors(change, error, text):
     arguments = {"x": torch.ones(5, 4), "weight1": torch.ones(4, 6), "weight2": torch.ones(6, 3), "activation": "relu"} | change
     with pytest.raises(error, match=f"npu_ffn: {text}"):
         npu_ffn(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"deq_scale1": torch.ones(7)}, ValueError, r"deq_scale1 must have shape \(6,\), got \(7,\)"),
+        ({"deq_scale2": torch.ones(3).half()}, TypeError, "deq_scale2 must have dtype float32 or bfloat16 or int64 or uint64"),
+        ({"deq_scale2": None}, ValueError, "deq_scale2 is for int8 x, got None"),
+        ({"scale": torch.ones(5)}, ValueError, r"scale must have shape \(1,\) or \(6,\), got \(5,\)"),
+        ({"offset": torch.ones(2)}, ValueError, r"offset must have shape \(1,\) or \(6,\), got \(2,\)"),
+    ],
+)
+def test_errors_of_the_integer_form(change, error, text):
+    int8 = lambda *shape: torch.ones(shape, dtype=torch.int8)  # noqa: E731
+    arguments = {"x": int8(5, 4), "weight1": int8(4, 6), "weight2": int8(6, 3), "activation": "relu", "scale": torch.ones(1)}
+    with pytest.raises(error, match=f"npu_ffn: {text}"):
+        npu_ffn(**(arguments | {"deq_scale1": torch.ones(6), "deq_scale2": torch.ones(3)} | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"antiquant_scale1": torch.ones(7)}, ValueError, r"antiquant_scale1 must have shape \(6,\) or \(1, 6\), got \(7,\)"),
+        ({"antiquant_scale1": torch.ones(5, 6)}, ValueError, "antiquant_scale1 must have at most 4 groups, got 5"),
+        ({"antiquant_scale2": torch.ones(3).half()}, TypeError, "antiquant_scale2 must have dtype float32, got float16"),
+        ({"antiquant_offset2": torch.ones(2, 3)}, ValueError, r"antiquant_offset2 must have shape \(3,\), got \(2, 3\)"),
+        ({"antiquant_scale2": None}, ValueError, "antiquant_scale2 is for float x and int8 weights, got None"),
+    ],
+)
+def test_errors_of_integer_weights(change, error, text):
+    int8 = lambda *shape: torch.ones(shape, dtype=torch.int8)  # noqa: E731
+    arguments = {"x": torch.ones(5, 4), "weight1": int8(4, 6), "weight2": int8(6, 3), "activation": "relu"}
+    with pytest.raises(error, match=f"npu_ffn: {text}"):
+        npu_ffn(**(arguments | {"antiquant_scale1": torch.ones(6), "antiquant_scale2": torch.ones(3)} | change))
 
 
 def test_errors_with_experts():
@@ -133,5 +172,7 @@ def test_errors_with_experts():
     ):
         with pytest.raises(ValueError, match=text):
             npu_ffn(x, w1, w2, "relu", **options)
+    with pytest.raises(TypeError, match="expert_tokens must have dtype int32 or int64, got float32"):
+        npu_ffn(x, w1, w2, "relu", expert_tokens=torch.tensor([2.0, 3.0]))
     with pytest.raises(RuntimeError, match="has no derivative"):
         npu_ffn(x.requires_grad_(), w1, w2, "relu", expert_tokens=[2, 3])

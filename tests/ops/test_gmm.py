@@ -174,6 +174,23 @@ class TestGemmFusion:
             npu_gmm(x, weight, group_list=[3, 7, 12], gemm_fusion=True, original_weight=weight)
 
 
+@pytest.mark.parametrize(
+    ("main_grad", "error", "text"),
+    [
+        (torch.zeros(3, 8, 6).bfloat16(), TypeError, "must have dtype float32, got bfloat16"),
+        (torch.zeros(6, 8, 3).transpose(0, 2), ValueError, "must be contiguous, got strides"),
+        (torch.zeros(3, 8, 5), ValueError, r"must have 144 elements, got shape \(3, 8, 5\)"),
+        (torch.zeros(3, 8, 6, device="meta"), RuntimeError, "must be on cpu like weight, got meta"),
+    ],
+)
+def test_main_grad_is_checked_in_forward(main_grad, error, text):
+    x, weight = inputs(torch.float32)
+    original = torch.nn.Parameter(weight.detach())
+    original.main_grad = main_grad
+    with pytest.raises(error, match=f"npu_gmm: original_weight.main_grad {text}"):
+        npu_gmm(x, weight, group_list=[3, 7, 12], gemm_fusion=True, original_weight=original)
+
+
 def test_published_form_of_backward():
     x, weight = inputs(torch.float32)
     dy = torch.randn(12, 6)
@@ -244,3 +261,9 @@ def test_strict_mode_checks_values_of_tensors_before_dispatch(monkeypatch):
     x, weight = inputs(torch.float32)
     calls = operator_calls(lambda: pytest.raises(ValueError, npu_gmm_v2, x, weight, group_list=torch.tensor([3, -1, 5])))
     assert not calls
+
+
+def test_values_on_the_host_are_checked_before_dispatch():
+    x, weight = inputs(torch.float32)
+    for groups in (torch.tensor([3, 2, 12]), [3, 2, 12], torch.tensor([3, 7, 13])):
+        assert not operator_calls(lambda groups=groups: pytest.raises(ValueError, npu_gmm, x, weight, group_list=groups))

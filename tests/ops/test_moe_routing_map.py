@@ -104,6 +104,20 @@ def test_operators_are_well_formed_and_trace():
     assert_compiles(lambda t: permute(t, routing_map, num_out_tokens=18)[0], tokens.requires_grad_())
 
 
+def test_more_rows_than_routed_pairs(monkeypatch):
+    routing_map, tokens = torch.eye(3, dtype=torch.bool), torch.arange(1.0, 4.0).unsqueeze(1)
+    permuted, _, row_map = permute(tokens, routing_map, num_out_tokens=5)
+    assert torch.equal(row_map.tensor, torch.tensor([[0, -1, -1], [-1, 1, -1], [-1, -1, 2]], dtype=torch.int32))
+    assert torch.equal(unpermute(permuted, row_map, (3, 1)), tokens)
+    with pytest.raises(ValueError, match="num_out_tokens must be at most 9 pairs, got 10"):
+        permute(tokens, routing_map, num_out_tokens=10)
+    with pytest.raises(ValueError, match="num_out_tokens must not be negative, got -1"):
+        permute(tokens, routing_map, num_out_tokens=-1)
+    monkeypatch.setenv("MINDSPEED_OPS_STRICT", "1")
+    with pytest.raises(ValueError, match="num_out_tokens must be at most 3 routed pairs, got 5"):
+        permute(tokens, routing_map, num_out_tokens=5)
+
+
 def test_maps_of_another_origin_and_wrong_shapes_are_refused():
     routing_map, tokens = routing("top 2"), torch.randn(9, 6)
     permuted, _, row_map = permute(tokens, routing_map)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from mindspeed.ops._registry import backends
+from mindspeed.ops._softmax_statistics import block_index
 from mindspeed.ops.fusion_attention_v2 import npu_fusion_attention as attention
 from mindspeed.ops.npu_ring_attention_update import npu_ring_attention_update as update
 from mindspeed.testing.operators import assert_compiles, check_operator, operator_calls
@@ -108,3 +109,53 @@ def test_errors():
     with pytest.raises(TypeError, match="actual_seq_qlen must have dtype int64, got int32"):
         ends = torch.tensor([0, 5], dtype=torch.int32)
         update(packed, statistics, statistics, packed, statistics, statistics, ends, "TND")
+
+
+@pytest.mark.parametrize("lengths", [[3, 9], [-2, 4], [7], [0, 0, 0], [2, -1, 9], []])
+def test_rows_stay_inside_whatever_the_lengths_on_a_device_say(lengths):
+    index = block_index(torch.tensor(lengths, dtype=torch.int64), 5, 3)
+    assert sorted(index.flatten().tolist()) == list(range(15))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "text"),
+    [
+        ([3, 9], ValueError, r"must not count more than the 5 rows, got \[3, 9\]"),
+        ([3, -1], ValueError, "must hold sizes that are not negative"),
+        ("35", TypeError, "must be a list of int or an int64 tensor, got str"),
+        ([2.0, 3.0], TypeError, "must hold integers"),
+        (torch.tensor([2, 5]), ValueError, r"must hold cumulative ends with a leading 0, got \[2, 5\]"),
+        (torch.tensor([0, 9]), ValueError, "must not count more than the 5 rows"),
+        (torch.tensor([0, 4, 3]), ValueError, "must hold cumulative ends that do not decrease"),
+        (torch.tensor([0, 5], device="meta"), RuntimeError, "must be on cpu or on the CPU, got meta"),
+    ],
+)
+def test_lists_that_do_not_fit(lengths, error, text):
+    out, statistics = torch.randn(5, 2, 4), torch.rand(5, 2, 8)
+
+    def run():
+        with pytest.raises(error, match=f"npu_ring_attention_update: actual_seq_qlen {text}"):
+            update(out, statistics, statistics, out, statistics, statistics, lengths, "TND")
+
+    assert not operator_calls(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (lambda out: out[:2], ValueError, "out must be three tensors, got 2"),
+        (lambda out: (out[0][:2], *out[1:]), ValueError, r"out\[0\] must have shape \(3, 1, 4\), got \(2, 1, 4\)"),
+        (lambda out: (*out[:2], out[2].half()), TypeError, r"out\[2\] must have dtype float32, got float16"),
+        (lambda out: (out[0], out[1].to("meta"), out[2]), RuntimeError, r"out\[1\] must be on cpu"),
+    ],
+)
+def test_targets_that_do_not_fit(change, error, text):
+    values = (torch.randn(3, 1, 4), torch.rand(1, 1, 3, 8), torch.rand(1, 1, 3, 8))
+    with pytest.raises(error, match=f"npu_ring_attention_update: {text}"):
+        update(*values, *values, out=change(values))
+
+
+def test_statistics_in_half_precision_are_refused():
+    out, statistics = torch.randn(3, 1, 4).half(), torch.rand(1, 1, 3, 8).half()
+    with pytest.raises(TypeError, match="prev_softmax_max must have dtype float32 or float64, got float16"):
+        update(out, statistics, statistics, out, statistics, statistics)

@@ -51,6 +51,10 @@ def test_every_family_is_defined_and_every_operator_names_its_family():
         ("rms_nrom=ref", "'rms_nrom' is no operator; use '\\*' or one of .*rms_norm"),
         ("rms_norm=fast", "must be <operator>=<choice> with a choice of auto, ref"),
         ("rms_norm", "must be <operator>=<choice>"),
+        ("rms_norm=", "must be <operator>=<choice>"),
+        ("=ref", "'' is no operator"),
+        ("rms_norm=auto=ref", "must be <operator>=<choice>"),
+        ("gmm=ref,RMS_NORM=ref", "'RMS_NORM' is no operator"),
     ],
 )
 def test_unknown_names_and_choices_are_refused(text, message):
@@ -68,6 +72,39 @@ def test_a_named_choice_that_the_device_lacks_is_refused_and_a_wildcard_is_not()
     with backends("*=npu"):
         assert torch.equal(rms_norm(x, gamma), rms_norm(x, gamma))
         assert backend_report("cpu")["rms_norm"].kernel == "aten"
+
+
+@pytest.mark.parametrize(
+    ("choice", "text"),
+    [
+        ("rms_norm=lib", "rms_norm=lib is not available on cpu; use one of aten, auto, ref"),
+        (
+            "rms_norm=triton,*=ref",
+            r"not available on cpu \(Triton runs on a CPU under TRITON_INTERPRET=1 only\); use one of aten",
+        ),
+    ],
+)
+def test_impossible_choices_are_refused_even_for_empty_input(choice, text):
+    pytest.importorskip("triton")
+    with backends(choice), pytest.raises(ValueError, match=text):
+        rms_norm(torch.randn(0, 6), torch.ones(6))
+    with backends(choice), pytest.raises(ValueError, match=text):
+        backend_report("cpu")
+
+
+def test_a_bad_environment_does_not_break_the_import_but_the_first_call(monkeypatch):
+    monkeypatch.setenv("MINDSPEED_OPS", "rms_norm=fast")
+    monkeypatch.setattr(REGISTRY, "choices", None)
+    REGISTRY.forget_routes()
+    with pytest.raises(ValueError, match="'rms_norm=fast' must be <operator>=<choice>"):
+        rms_norm(torch.randn(2, 6), torch.ones(6))
+    REGISTRY.forget_routes()
+
+
+@pytest.mark.parametrize(("value", "expected"), [("", False), ("0", False), ("1", True), ("true", True)])
+def test_strict_mode(monkeypatch, value, expected):
+    monkeypatch.setenv("MINDSPEED_OPS_STRICT", value)
+    assert _registry.strict() is expected
 
 
 def test_environment_variable_chooses(monkeypatch):

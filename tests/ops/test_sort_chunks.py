@@ -57,6 +57,16 @@ def test_errors(sizes, order, error, text):
         sort_chunks(torch.randn(6, 2), torch.tensor(sizes), torch.tensor(order))
 
 
+def test_values_on_the_host_are_checked_before_dispatch():
+    def run():
+        with pytest.raises(ValueError, match="split_sizes must sum to the 0 rows"):
+            sort_chunks(torch.randn(0, 3), torch.tensor([5]), torch.tensor([0]))
+        with pytest.raises(ValueError, match=r"x must have at least 1 dimension, got shape \(\)"):
+            sort_chunks(torch.tensor(1.0), torch.tensor([1]), torch.tensor([0]))
+
+    assert not operator_calls(run)
+
+
 def test_wrong_device():
     sizes = torch.tensor([6], device="meta")
     with pytest.raises(RuntimeError, match="split_sizes must be on cpu or on the CPU, got meta"):
