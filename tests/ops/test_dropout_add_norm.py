@@ -2,11 +2,14 @@ import math
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from mindspeed.ops._registry import backends
 from mindspeed.ops.dropout_add_layer_norm import npu_dropout_add_layer_norm
 from mindspeed.ops.dropout_add_rms_norm import npu_dropout_add_rms_norm
+from mindspeed.testing import ranks
 from mindspeed.testing.operators import assert_compiles, assert_operator_accurate, check_operator, kept_bytes
+from tests.platform._activated import cpu_activated
 
 FORMS = {"layer": npu_dropout_add_layer_norm, "rms": npu_dropout_add_rms_norm}
 
@@ -136,6 +139,56 @@ def test_recomputation_and_trackers_govern_the_mask():
     assert not torch.equal(first, second)
     torch.set_rng_state(state)
     assert torch.equal(mask(), first)
+
+
+@pytest.mark.parametrize("body", ["auto", "ref"])
+@pytest.mark.parametrize("kind", FORMS)
+def test_everything_dropped(kind, body):
+    x0, residual = (torch.randn(4, 6, requires_grad=True) for _ in range(2))
+    weight = torch.ones(6, requires_grad=True)
+    scale = torch.ones(4, requires_grad=True)
+    with backends(f"dropout_add_norm={body}"):
+        y, pre = FORMS[kind](x0, residual, weight, None, 1.0, 1e-5, scale, prenorm=True)
+        (y.square().sum() + pre.sum()).backward()
+    expected = textbook(kind, torch.zeros(4, 6), residual, weight, None, None, None, None, 0.0)[0]
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(x0.grad, torch.zeros(4, 6)) and torch.equal(scale.grad, torch.zeros(4))
+    assert residual.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_recomputation_in_backward_drops_the_same(kind):
+    x0, weight = torch.randn(8, 16, requires_grad=True), torch.ones(16)
+    masks = []
+
+    def layer(x0):
+        y, mask = FORMS[kind](x0, None, weight, None, 0.5, 1e-5, return_dropout_mask=True)
+        masks.append(mask)
+        return y
+
+    checkpoint(layer, x0, use_reentrant=True).square().sum().backward()
+    assert len(masks) == 2 and torch.equal(*masks) and not masks[0].all()
+
+
+@ranks(2)
+def test_ranks_drop_differently_under_the_tracker_and_alike_outside(world):
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    with cpu_activated():
+        torch.manual_seed(3)
+        tracker = CudaRNGStatesTracker()
+        tracker.add("model-parallel-rng", 7 + world.rank)
+
+        def mask():
+            x0, weight = torch.ones(64, 32), torch.ones(32)
+            return npu_dropout_add_layer_norm(x0, None, weight, None, 0.5, 1e-5, return_dropout_mask=True)[1].int()
+
+        alike = world.gather(mask()).chunk(2)
+        with tracker.fork():
+            different = world.gather(mask()).chunk(2)
+    assert torch.equal(*alike)
+    assert not torch.equal(*different)
+    assert abs(different[0].float().mean().item() - 0.5) < 0.05
 
 
 def test_keeps_the_sum_and_statistics_but_no_mask():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from mindspeed.ops.npu_all_to_all_all_gather_bmm import npu_alltoall_allgather_bmm as dispatch
 from mindspeed.ops.npu_bmm_reduce_scatter_all_to_all import npu_bmm_reducescatter_alltoall as combine
 from mindspeed.testing import ranks
-from mindspeed.testing.operators import check_operator, counted_collectives
+from mindspeed.testing.operators import assert_compiles, check_operator, counted_collectives
 
 E_, C, H, M = 4, 6, 8, 10
 ACTIVATIONS = {
@@ -117,6 +117,22 @@ def test_operators_are_well_formed_and_half_precision(world):
     torch.testing.assert_close(y, F.gelu(torch.bmm(x.double(), weight.double())).bfloat16(), rtol=2e-2, atol=2e-2)
 
 
+@ranks(1)
+def test_traces_in_one_graph(world):
+    name = world.group.group_name
+    options = {"need_allgather_out": True, "need_activation_feature": True, "act_type": "SiLU"}
+    assert_compiles(lambda x, w: dispatch(x, w, name, 1, name, 1, **options), draw(E_, C, H), draw(E_, H, M))
+    assert_compiles(lambda x, w: combine(x, w, name, 1, name, 1, shard_type=1), draw(E_, C, M), draw(E_, M, H))
+
+
+@ranks(2)
+def test_no_tokens(world):
+    group = world.group
+    y, *_ = dispatch(draw(E_, 0, H), draw(E_ // 2, 2 * H, M), group, 2, group, 2)
+    assert y.shape == (E_ // 2, 0, M)
+    assert combine(draw(E_ // 2, 0, M), draw(E_ // 2, M, H), group, 2, group, 2).shape == (E_, 0, H // 2)
+
+
 @ranks(2)
 def test_errors(world):
     x, weight = draw(E_, C, H), draw(E_ // 2, H, M)
@@ -133,3 +149,16 @@ def test_errors(world):
         dispatch(x.requires_grad_(), weight, group, 2, group, 2, shard_type=1)
     with pytest.raises(ValueError, match="x must hold a multiple of 4 tokens"):
         combine(draw(2, 6, M), draw(2, M, H), group, 2, group, 2, shard_type=1)
+    with pytest.raises(
+        ValueError, match="npu_bmm_reducescatter_alltoall: group_ep_worldsize must be the size of the group, 2, got 1"
+    ):
+        combine(draw(2, 4, M), draw(2, M, H), group, 1, group, 2)
+    with pytest.raises(ValueError, match="group_tp_worldsize must be at least 1, got 0"):
+        combine(draw(2, 4, M), draw(2, M, H), group, 2, group, 0)
+    with pytest.raises(ValueError, match="npu_alltoall_allgather_bmm: act_type must be one of 'None', .*, got 7"):
+        dispatch(x.detach(), weight, group, 2, group, 2, act_type=7)
+    with pytest.raises(RuntimeError, match="npu_alltoall_allgather_bmm: weight must be on cpu like x, got meta"):
+        dispatch(x.detach(), weight.to("meta"), group, 2, group, 2, shard_type=1)
+    for call, shape in ((dispatch, (E_, C, H)), (combine, (E_, C, M))):
+        with pytest.raises(ValueError, match="group_ep must name a process group, got 'nowhere'; known groups: .*"):
+            call(draw(*shape), draw(shape[0], shape[2], M), "nowhere", 1, group, 1)

@@ -93,6 +93,16 @@ def test_no_rows():
     assert torch.equal(weight.grad, torch.zeros(6))
 
 
+@pytest.mark.parametrize("body", ["auto", "ref"])
+def test_equal_row_with_zero_epsilon_is_nan_and_nonfinite_values_spread_in_their_row_only(body):
+    x = torch.randn(4, 6)
+    x[0], x[1, 2], x[2, 3] = 5.0, float("inf"), float("nan")
+    with backends(f"layer_norm={body}"):
+        y = layer_norm(x, torch.ones(6), None, 0.0)
+    assert y[:3].isnan().all()
+    assert y[3].isfinite().all()
+
+
 def test_errors():
     x = torch.ones(2, 4)
     with pytest.raises(ValueError, match=r"layer_norm: bias must have shape \(4,\), got \(3,\)"):

@@ -8,7 +8,7 @@ from mindspeed.ops.npu_grouped_mat_mul_all_reduce import npu_grouped_mat_mul_all
 from mindspeed.ops.npu_mm_all_reduce_add_rms_norm import npu_mm_all_reduce_add_rms_norm as fused
 from mindspeed.ops.npu_mm_all_reduce_add_rms_norm_ import npu_mm_all_reduce_add_rms_norm_ as fused_
 from mindspeed.testing import ranks
-from mindspeed.testing.operators import check_operator, counted_collectives
+from mindspeed.testing.operators import assert_compiles, check_operator, counted_collectives
 
 SLACK = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -150,6 +150,29 @@ def test_grouped_products(world):
         torch.testing.assert_close(torch.cat(many).double(), joined, **tolerance)
 
 
+@ranks(2)
+def test_no_rows_and_no_inner_size(world):
+    for rows, inner in ((0, 4), (3, 0)):
+        x1, x2, residual, gamma = draw(rows, inner), draw(inner, 6), draw(rows, 6, seed=1), torch.ones(6)
+        y, out = fused(x1, x2, residual, gamma, world.group)
+        torch.testing.assert_close((y, out), (residual, norm(residual, gamma)))
+        (product,) = grouped([x1], [x2], world.group)
+        torch.testing.assert_close(product, torch.zeros(rows, 6))
+
+
+@ranks(1)
+def test_traces_in_one_graph(world):
+    x1, x2, residual, gamma, name = draw(2, 3, 4), draw(4, 6), draw(2, 3, 6), draw(6), world.group.group_name
+
+    def in_place(x1, x2, residual, gamma):
+        residual = residual.clone()
+        return fused_(x1, x2, residual, gamma, name)
+
+    assert_compiles(lambda *tensors: fused(*tensors, name), x1, x2, residual, gamma)
+    assert_compiles(in_place, x1, x2, residual, gamma)
+    assert_compiles(lambda x, w: grouped([x[0], x[1]], [w, w], name), x1, x2)
+
+
 @ranks(1)
 def test_operators_are_well_formed(world):
     x1, x2, residual, gamma = draw(2, 3, 4), draw(4, 6), draw(2, 3, 6), draw(6)
@@ -183,7 +206,42 @@ def test_errors(world):
         fused(
             x1.detach(), x2.to(torch.int8), residual, gamma, world.group, antiquant_scale=torch.ones(6), antiquant_group_size=16
         )
-    x = draw(3, 4)
+    x1, int8 = x1.detach(), x2.to(torch.int8)
+    for options, error, text in (
+        (
+            {"antiquant_scale": torch.ones(5)},
+            ValueError,
+            r"antiquant_scale must have shape \(1,\) or \(6,\) or \(1, 6\), got \(5,\)",
+        ),
+        ({"antiquant_scale": torch.ones(6).half()}, TypeError, "antiquant_scale must have dtype float32, got float16"),
+        ({"antiquant_scale": torch.ones(6), "antiquant_offset": torch.ones(2)}, ValueError, "antiquant_offset must have shape"),
+    ):
+        with pytest.raises(error, match=f"npu_mm_all_reduce_add_rms_norm: {text}"):
+            fused(x1, int8, residual, gamma, world.group, **options)
+    with pytest.raises(TypeError, match="dequant_scale must have dtype bfloat16 or float32 or int64 or uint64, got float16"):
+        fused(x1.to(torch.int8), int8, residual, gamma, world.group, dequant_scale=torch.ones(1).half())
+    with pytest.raises(ValueError, match=r"dequant_scale must have shape \(1,\) or \(6,\) or \(1, 6\), got \(2,\)"):
+        fused(x1.to(torch.int8), int8, residual, gamma, world.group, dequant_scale=torch.ones(2))
+    with pytest.raises(RuntimeError, match="x2 must be on cpu like x1, got meta"):
+        fused(x1, x2.to("meta"), residual, gamma, world.group)
+
+
+@ranks(2)
+def test_errors_of_grouped_products(world):
+    x, x2 = draw(3, 4), draw(4, 6)
+    for arguments, options, error, text in (
+        (([x, x2.t()], [x2, x2.clone()]), {"split_item": 2, "bias": [draw(6)]}, ValueError, "bias must give 2 vectors, got 1"),
+        (([draw(2, 3, 4)], [x2]), {"split_item": 2}, ValueError, r"x\[0\] must have 2 dimensions for split_item 1 to 3"),
+        (([x, x.half()], [x2, x2.half()]), {}, TypeError, r"x\[1\] must have dtype float32, got float16"),
+        (([], [x2]), {}, ValueError, "x must give 1 to 64 products, got 0"),
+        ((x, draw(5, 6)), {"split_item": 3, "group_list": [1, 3]}, ValueError, "weight must have rows for 2 matrices"),
+        (([x], [x2.to("meta")]), {}, RuntimeError, r"weight\[0\] must be on cpu like x\[0\], got meta"),
+        (([x], [x2]), {"reduce_op": "max"}, ValueError, "reduce_op must be one of 'sum'"),
+    ):
+        with pytest.raises(error, match=f"npu_grouped_mat_mul_all_reduce: {text}"):
+            grouped(*arguments, world.group, **options)
+    with pytest.raises(ValueError, match="hcomm must name a process group, got 'nowhere'"):
+        grouped([x], [x2], "nowhere")
     with pytest.raises(ValueError, match="group_list is for split_item 1 and 3, got None"):
         grouped(x, x2, world.group, split_item=3)
     with pytest.raises(ValueError, match="group_list must end with 3"):
