@@ -7,7 +7,7 @@ result). In a round a device computes at most one tile and spends at most `BUDGE
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,52 +35,84 @@ Round = tuple[Task, ...]
 
 
 def schedule_tiles(grid: Sequence[Sequence[bool]]) -> tuple[Round, ...]:
-    """Rounds that compute every needed tile exactly once, each device at most one per round, within the budget."""
+    """Rounds that compute every needed tile exactly once, each device at most one per round, within the budget.
+
+    First tiles are shared out so that the busiest device has as few as possible, then each device works through its own:
+    the local one first, which hides the first transfer, and others by distance, so that messages spread over the devices.
+    """
     ranks = len(grid)
-    needed = {(row, column) for row in range(ranks) for column in range(ranks) if grid[row][column]}
+    left: list[list[Task]] = [[] for _ in range(ranks)]
+    for (row, column), device in owners_of_tiles(grid).items():
+        left[device].append(Task(device, row, column))
+    for tasks in left:
+        tasks.sort(
+            key=lambda task: (task.column - task.row) % ranks if task.device == task.row else (task.row - task.column) % ranks
+        )
     rounds: list[Round] = []
     spent: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
-    while needed:
-        chosen = _one_round(ranks, len(rounds), needed, spent)
-        rounds.append(chosen)
+    while any(left):
+        rounds.append(_one_round(len(rounds), left, spent))
     return tuple(rounds)
 
 
-def _one_round(ranks: int, number: int, needed: set[tuple[int, int]], spent: dict[int, dict[int, int]]) -> Round:
-    """Give every device its tile of this round; removes them from `needed`."""
-    tasks: dict[int, Task] = {}
-    lent: set[int] = set()
-    for device in range(ranks):  # the ring's own pattern first: it balances messages
-        column = (device + number) % ranks
-        _take(Task(device, device, column), number, needed, spent, tasks)
-    for device in range(ranks):
-        if device in tasks:
-            continue
-        for step in range(ranks):
-            if _take(Task(device, device, (device - step) % ranks), number, needed, spent, tasks):
-                break
-        else:
-            for step in range(1, ranks):
-                row = (device + step) % ranks
-                if row not in lent and _take(Task(device, row, device), number, needed, spent, tasks):
-                    lent.add(row)
-                    break
-    return tuple(tasks[device] for device in sorted(tasks))
+def owners_of_tiles(grid: Sequence[Sequence[bool]]) -> dict[tuple[int, int], int]:
+    """Device of each needed tile, its row's or its column's, such that the largest number of tiles on a device is least."""
+    ranks = len(grid)
+    owner = {(device, device): device for device in range(ranks) if grid[device][device]}
+    load = [int(bool(grid[device][device])) for device in range(ranks)]
+    for row in range(ranks):
+        for column in range(ranks):
+            if grid[row][column] and row != column:
+                device = row if load[row] <= load[column] else column
+                owner[row, column] = device
+                load[device] += 1
+    while handed_on := _relief(owner, load):
+        for tile, device in handed_on:
+            load[owner[tile]] -= 1
+            load[device] += 1
+            owner[tile] = device
+    return owner
 
 
-def _take(
-    task: Task, number: int, needed: set[tuple[int, int]], spent: dict[int, dict[int, int]], tasks: dict[int, Task]
-) -> bool:
-    """Take a tile if it is needed and its messages fit."""
-    if (task.row, task.column) not in needed:
-        return False
+def _relief(owner: dict[tuple[int, int], int], load: Sequence[int]) -> list[tuple[tuple[int, int], int]]:
+    """Tiles to hand on, each to its other device, so that one of the busiest devices loses one and an idler one gains one."""
+    for busiest in (device for device, count in enumerate(load) if count == max(load)):
+        came: dict[int, tuple[tuple[int, int], int] | None] = {busiest: None}
+        waiting = deque([busiest])
+        while waiting:
+            device = waiting.popleft()
+            if load[device] <= load[busiest] - 2:
+                handed_on = []
+                while step := came[device]:
+                    handed_on.append((step[0], device))
+                    device = step[1]
+                return handed_on
+            for (row, column), holder in owner.items():
+                other = column if device == row else row
+                if holder == device and other not in came:
+                    came[other] = (row, column), device
+                    waiting.append(other)
+    return []
+
+
+def _one_round(number: int, left: list[list[Task]], spent: dict[int, dict[int, int]]) -> Round:
+    """The next task of every device whose messages fit, busiest devices first; removes them from `left`."""
+    tasks = []
+    for own in sorted(left, key=len, reverse=True):
+        task = next((task for task in own if _fits(task, number, spent)), None)
+        if task is not None:
+            own.remove(task)
+            tasks.append(task)
+    return tuple(sorted(tasks, key=lambda task: task.device))
+
+
+def _fits(task: Task, number: int, spent: dict[int, dict[int, int]]) -> bool:
+    """Book a task's messages if they are within the budget."""
     costs = _costs(task)
     if any(spent[number + later][device] + units > BUDGET for later, device, units in costs):
         return False
     for later, device, units in costs:
         spent[number + later][device] += units
-    needed.remove((task.row, task.column))
-    tasks[task.device] = task
     return True
 
 
