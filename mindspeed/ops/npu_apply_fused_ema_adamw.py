@@ -96,7 +96,7 @@ def _no_fused_kernel(grad: Tensor, var: Tensor, m: Tensor, v: Tensor, s: Tensor,
     return None
 
 
-@register_kernel("ema_adamw_", "aten", devices=("cpu", "cuda", "npu"), declines=_no_fused_kernel)
+@register_kernel("ema_adamw_", "aten", devices=("cpu", "cuda"), declines=_no_fused_kernel)
 def _fused(
     grad: Tensor,
     var: Tensor,

@@ -39,6 +39,7 @@ def test_adamw_is_one_kernel_for_all_mixes_of_dtypes(calls, amsgrad):
 @npu_contract()
 @pytest.mark.parametrize("mode", [0, 1])
 def test_ema_adamw_is_the_fused_step_and_one_interpolation(calls, mode):
+    from mindspeed.ops import backend_report
     from mindspeed.ops.npu_apply_fused_ema_adamw import npu_apply_fused_ema_adamw
 
     state = [tensor(5, 7) for _ in range(5)]
@@ -46,6 +47,11 @@ def test_ema_adamw_is_the_fused_step_and_one_interpolation(calls, mode):
     calls.reset()
     returned = npu_apply_fused_ema_adamw(*state, step, mode=mode)
     assert [value.data_ptr() for value in returned] == [value.data_ptr() for value in state[1:]]
-    assert "aclnnInplaceLerps" in calls.names or "aclnnLerps" in calls.names
-    if mode == 1:
-        assert calls.names.count("aclnnApplyAdamWV2") == 1
+    assert calls.names == ["aclnnInplaceCopy", "aclnnSubs", "aclnnApplyAdamWV2", "aclnnInplaceLerps"]
+    calls.reset()
+    npu_apply_fused_ema_adamw(*state, step, mode=mode, weight_decay=0.1)
+    decayed = [] if mode == 1 else ["aclnnAdd"]  # the decay passes through the moments
+    assert calls.names == [*decayed, "aclnnInplaceCopy", "aclnnSubs", "aclnnApplyAdamWV2", "aclnnInplaceLerps"]
+    assert backend_report("npu")["ema_adamw_"].kernel == "npu"
+    npu_apply_fused_ema_adamw(*state, step, mode=mode, bias_correction=False)
+    assert backend_report("npu")["ema_adamw_"] == ("npu", "ref", "the fused kernel always corrects the bias")

@@ -128,6 +128,22 @@ def test_accumulation_adds_in_float32():
 
 
 @npu_semantics()
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("mode", [0, 1])
+def test_ema_adamw(mode, decay):
+    import mindspeed.ops.npu_apply_fused_ema_adamw  # noqa: F401
+    from mindspeed.ops._registry import REGISTRY
+
+    start = [normal(4, 9), normal(4, 9), normal(4, 9), torch.rand(4, 9), normal(4, 9)]  # grad, var, m, v, s
+    ours, truth = ([value.clone() for value in start] for _ in "ab")
+    rest = (torch.tensor([3]), 1e-2, 0.9, 0.8, 0.95, 1e-8, mode, True, decay)
+    body("ema_adamw_")(*ours, *rest)
+    REGISTRY.operators["ema_adamw_"].reference(*truth, *rest)
+    torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-6)
+    assert torch.equal(ours[0], start[0]), "the gradient is not changed"
+
+
+@npu_semantics()
 def test_quantised_products():
     import mindspeed.ops.quant_gmm
     import mindspeed.ops.weight_quant_gmm  # noqa: F401
