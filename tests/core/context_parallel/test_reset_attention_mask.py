@@ -108,6 +108,53 @@ def test_four_ranks_train_as_dense_masks_do(world, layout, reference):
 
 
 @pytest.fixture(scope="module")
+def alone(reference):
+    """Learned positions with one of the two resets only: the host's own curves."""
+    flags, both = reference["learned_absolute"]
+    one = {flag: flags.replace(RESET, flag) for flag in ("--reset-attention-mask", "--reset-position-ids")}
+    curves = {flag: (words, train(words).curve) for flag, words in one.items()}
+    assert len({tuple(both), *(tuple(curve) for _, curve in curves.values())}) == 3
+    return curves
+
+
+@ranks(2, megatron=True)
+@pytest.mark.parametrize("algorithm", ["megatron_cp_algo", "ulysses_cp_algo"])
+@pytest.mark.parametrize("flag", ["--reset-attention-mask", "--reset-position-ids"])
+def test_each_reset_alone(world, flag, algorithm, alone):
+    flags, expected = alone[flag]
+    curve = train(f"{flags} --context-parallel-size 2 --context-parallel-algo {algorithm}").curve
+    if world.rank == world.size - 1:
+        assert_same_digits(curve, expected)
+
+
+GRID = {
+    "ring": "",
+    "general": "--attention-mask-type general",
+    "double": "--cp-window-size 2",
+    "double general": "--cp-window-size 2 --attention-mask-type general",
+    "ulysses": "--context-parallel-algo ulysses_cp_algo",
+    "hybrid": "--context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 2",
+    "hybrid general": "--context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 2 --attention-mask-type general",
+}
+RECOMPUTE = {
+    "none": "",
+    "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    "selective": "--recompute-granularity selective",
+}
+
+
+@pytest.mark.slow
+@ranks(4, megatron=True)
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("name", GRID)
+def test_grid_of_samples_in_pairs(world, name, recompute, reference):
+    flags, expected = reference["pairs"]
+    curve = train(f"{flags} --context-parallel-size 4 {GRID[name]} {RECOMPUTE[recompute]}").curve
+    if world.rank == world.size - 1:
+        assert_same_digits(curve, expected)
+
+
+@pytest.fixture(scope="module")
 def equal_parts(reference):
     """Training with a mask that keeps 24 tokens together, set by the program: flags, size, curve."""
     flags, size = f"{reference['rope'][0].replace(RESET, '--eod-mask-loss')} --use-flash-attn", 24
