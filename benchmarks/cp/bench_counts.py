@@ -25,7 +25,15 @@ PLANS = {
     "ulysses": ContextPlan(ULYSSES, 2),
     "hybrid4": ContextPlan(HYBRID, 4, degree=2),
     "gather": ContextPlan(GATHER, 2),
+    "ulysses4": ContextPlan(ULYSSES, 4),
+    "gather4": ContextPlan(GATHER, 4),
+    "ring8": ContextPlan(RING, 8),
+    "double-ring8": ContextPlan(RING, 8, window=4),
+    "ulysses8": ContextPlan(ULYSSES, 8),
+    "hybrid8": ContextPlan(HYBRID, 8, degree=2),
+    "gather8": ContextPlan(GATHER, 8),
 }
+FULL_PRESET = ("ulysses4", "gather4", "ring8", "double-ring8", "ulysses8", "hybrid8", "gather8")
 Traffic = tuple[int, int]  # messages or collectives, bytes that leave the rank
 
 
@@ -78,7 +86,7 @@ def _traffic_case(name: str, groups: int, what: int) -> Callable[[Run], Counted]
 
     @case(
         f"cp.{kind}.{name}.{heads}", feature="context-parallel", metric="fraction", better="equal", must=1.0, unit=kind,
-        preset="smoke" if name in ("ring", "ulysses") else "standard",
+        preset="smoke" if name in ("ring", "ulysses") else "full" if name in FULL_PRESET else "standard",
     )  # fmt: skip
     def traffic(run: Run) -> Counted:
         """What one layer sends, forward and backward, beside what the algorithm needs."""
@@ -93,6 +101,13 @@ double_calls, double_bytes, double_bytes_gqa = (_traffic_case("double-ring4", *h
 ulysses_calls, ulysses_bytes, ulysses_bytes_gqa = (_traffic_case("ulysses", *how) for how in ((N, 0), (N, 1), (2, 1)))
 hybrid_calls, hybrid_bytes, hybrid_bytes_gqa = (_traffic_case("hybrid4", *how) for how in ((N, 0), (N, 1), (2, 1)))
 gather_calls, gather_bytes, gather_bytes_gqa = (_traffic_case("gather", *how) for how in ((N, 0), (N, 1), (2, 1)))
+ulysses4_calls, ulysses4_bytes, ulysses4_bytes_gqa = (_traffic_case("ulysses4", *how) for how in ((N, 0), (N, 1), (2, 1)))
+gather4_calls, gather4_bytes, gather4_bytes_gqa = (_traffic_case("gather4", *how) for how in ((N, 0), (N, 1), (2, 1)))
+ring8_calls, ring8_bytes, ring8_bytes_gqa = (_traffic_case("ring8", *how) for how in ((N, 0), (N, 1), (2, 1)))
+double8_calls, double8_bytes, double8_bytes_gqa = (_traffic_case("double-ring8", *how) for how in ((N, 0), (N, 1), (2, 1)))
+ulysses8_calls, ulysses8_bytes, ulysses8_bytes_gqa = (_traffic_case("ulysses8", *how) for how in ((N, 0), (N, 1), (2, 1)))
+hybrid8_calls, hybrid8_bytes, hybrid8_bytes_gqa = (_traffic_case("hybrid8", *how) for how in ((N, 0), (N, 1), (2, 1)))
+gather8_calls, gather8_bytes, gather8_bytes_gqa = (_traffic_case("gather8", *how) for how in ((N, 0), (N, 1), (2, 1)))
 
 
 # ---- what computing hides ------------------------------------------------------------------------------------------------
