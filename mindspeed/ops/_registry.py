@@ -100,23 +100,25 @@ class Operator:
         route = self.routes.get(device)
         if route is None:
             route = self.routes[device] = REGISTRY.route(self, device)
-        reason = "plain torch"
+        reason, level = "plain torch", logging.INFO
         if route and not (isinstance(args[0], Tensor) and args[0].numel() == 0):  # device kernels never see empty input
             for kernel in route:
                 reason = kernel.declines(*args, **kwargs) if kernel.declines else None
                 if reason is None:
                     self.last[device] = Ran(device, kernel.backend, "accepts the arguments")
                     return kernel.body(*args, **kwargs)
-                self.step_aside(device, kernel.backend, reason)
+                if kernel is route[-1] and device != "cpu":
+                    level = logging.WARNING  # nothing fast is left
+                self.step_aside(device, kernel.backend, reason, level)
         self.last[device] = Ran(device, "ref", reason)
         return self.reference(*args, **kwargs)
 
-    def step_aside(self, device: str, backend: str, reason: str) -> None:
+    def step_aside(self, device: str, backend: str, reason: str, level: int) -> None:
         """Say once per reason that a faster body is not used."""
         key = (device, backend, reason)
         if key not in self.told:
             self.told.add(key)
-            logger.info("mindspeed::%s on %s: the %s kernel steps aside: %s", self.name, device, backend, reason)
+            logger.log(level, "mindspeed::%s on %s: the %s kernel steps aside: %s", self.name, device, backend, reason)
 
 
 class Registry:
