@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +16,7 @@ COMPRESSED_ROWS = 1024
 """Rows of a compressed position bias: it holds the last rows, and the rows above repeat its diagonals."""
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """The arguments of `fusion_attention` after query, key and value, in the order of the schema."""
 
     head_num: int

@@ -51,27 +51,16 @@ def npu_fusion_attention(
     as one [N, s, 8] block per sequence) and satisfy `softmax_max + log(softmax_sum) = logsumexp(scores)`. A row that sees
     nothing gives 0, minus infinity and 0. Differentiable in query, key, value and pse (types 0 and 1).
     """
-    options = _options(
-        OP,
-        query,
-        key,
-        value,
-        head_num,
-        input_layout,
-        pse,
-        padding_mask,
-        atten_mask,
-        (scale, keep_prob, pre_tokens, next_tokens, inner_precise),
-        (prefix, actual_seq_qlen, actual_seq_kvlen),
-        sparse_mode,
-        pse_type,
-        (q_start_idx, kv_start_idx),
-    )
+    given = Options(
+        head_num, input_layout, pse, atten_mask, scale, keep_prob, pre_tokens, next_tokens, inner_precise, prefix,
+        actual_seq_qlen, actual_seq_kvlen, sparse_mode, pse_type, q_start_idx, kv_start_idx, rng=None,
+    )  # fmt: skip
+    options = _checked(OP, query, key, value, padding_mask, given)
     count = _numels(query, key, options)
     rng = random_state(query, count, keep_prob)
-    out, top, total = torch.ops.mindspeed.fusion_attention(query, key, value, *options, rng)
-    if options[1] == "TND":
-        index = block_index(lengths_of(options[10], query.device), *top.shape[:2])
+    out, top, total = torch.ops.mindspeed.fusion_attention(query, key, value, *options[:-1], rng)
+    if options.layout == "TND":
+        index = block_index(lengths_of(options.actual_seq_qlen, query.device), *top.shape[:2])
         top, total = to_blocks(top, index), to_blocks(total, index)
     seed, offset, numels = (0, 0, 0) if rng is None else (*rng.tolist(), count)
     return out, top, total, query.new_empty(0), seed, offset, numels
@@ -115,30 +104,19 @@ def npu_fusion_attention_grad(
     Statistics and result may belong to a larger set of keys than `key` (ring attention): the probabilities are then those of
     the whole set, restricted to these keys.
     """
-    options = _options(
-        GRAD,
-        query,
-        key,
-        value,
-        head_num,
-        input_layout,
-        pse,
-        padding_mask,
-        atten_mask,
-        (scale, keep_prob, pre_tokens, next_tokens, inner_precise),
-        (prefix, actual_seq_qlen, actual_seq_kvlen),
-        sparse_mode,
-        pse_type,
-        (q_start_idx, kv_start_idx),
-    )
-    _check_results(query, key, value, grad_outputs, softmax_max, softmax_sum, attention_in, Options(*options, None))
-    if options[1] == "TND":
-        index = block_index(lengths_of(options[10], query.device), *softmax_max.shape[:2])
+    given = Options(
+        head_num, input_layout, pse, atten_mask, scale, keep_prob, pre_tokens, next_tokens, inner_precise, prefix,
+        actual_seq_qlen, actual_seq_kvlen, sparse_mode, pse_type, q_start_idx, kv_start_idx, rng=None,
+    )  # fmt: skip
+    options = _checked(GRAD, query, key, value, padding_mask, given)
+    _check_results(query, key, value, grad_outputs, softmax_max, softmax_sum, attention_in, options)
+    if options.layout == "TND":
+        index = block_index(lengths_of(options.actual_seq_qlen, query.device), *softmax_max.shape[:2])
         softmax_max, softmax_sum = to_tokens(softmax_max, index), to_tokens(softmax_sum, index)
     rng = torch.tensor([seed, offset], dtype=torch.int64) if keep_prob < 1.0 else None
     need_dpse = pse is not None and pse_type in (0, 1)
     dq, dk, dv, dpse = torch.ops.mindspeed.fusion_attention_backward(
-        grad_outputs, query, key, value, attention_in, softmax_max, softmax_sum, need_dpse, *options, rng
+        grad_outputs, query, key, value, attention_in, softmax_max, softmax_sum, need_dpse, *options[:-1], rng
     )
     return dq, dk, dv, dpse if need_dpse else None
 
@@ -171,48 +149,34 @@ def _check_results(
     )
 
 
-def _options(
-    op: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    head_num: int,
-    layout: str,
-    pse: Tensor | None,
-    padding_mask: Tensor | None,
-    atten_mask: Tensor | None,
-    numbers: tuple[float, float, int, int, int],
-    lists: tuple[Sequence[int] | None, ...],
-    sparse_mode: int,
-    pse_type: int,
-    starts: tuple[Sequence[int] | None, ...],
-) -> tuple:
-    """Check everything and return the operator's arguments after value, without the random state."""
+def _checked(op: str, query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None, given: Options) -> Options:
+    """Check everything; returns the options with the layout in capitals and the lists as lists of int."""
     _checks.tensor(op, "query", query)
     for name, tensor in (("key", key), ("value", value)):
         _checks.tensor(op, name, tensor)
         _checks.dtype_of(op, name, tensor, query.dtype)
-    _checks.same_device(op, query=query, key=key, value=value, pse=pse, atten_mask=atten_mask)
-    layout = layout.upper() if isinstance(layout, str) else layout
-    _checks.option(op, "input_layout", layout, LAYOUTS)
+    pse, mask, mode = given.pse, given.atten_mask, given.sparse_mode
+    _checks.same_device(op, query=query, key=key, value=value, pse=pse, atten_mask=mask)
+    layout = _checks.word(op, "input_layout", given.layout, LAYOUTS)
     _checks.require(op, "padding_mask", padding_mask is None, "must be None", "a tensor")
-    _checks.require(op, "keep_prob", 0.0 < numbers[1] <= 1.0, "must lie in (0, 1]", numbers[1])
-    _checks.option(op, "pse_type", pse_type, (0, 1, 2, 3))
-    _checks.option(op, "sparse_mode", sparse_mode, (0, 1, 2, 3, 4, 6, 7, 8) if layout == "TND" else range(7))
-    lists = tuple(None if values is None else [int(v) for v in values] for values in lists)
-    starts = tuple(None if values is None else [int(v) for v in values] for values in starts)
-    batch, queries, keys = _check_shapes(op, query, key, value, head_num, layout, lists[1], lists[2])
-    if atten_mask is not None:
-        _check_mask(op, atten_mask, sparse_mode, batch, head_num, queries, keys)
-        if sparse_mode in (5, 6):
-            given = lists[0]
-            _checks.require(
-                op, "prefix", given is not None and len(given) == batch, f"must have {batch} entries in mode 5 and 6", given
-            )
+    _checks.require(op, "keep_prob", 0.0 < given.keep_prob <= 1.0, "must lie in (0, 1]", given.keep_prob)
+    _checks.option(op, "pse_type", given.pse_type, (0, 1, 2, 3))
+    _checks.option(op, "sparse_mode", mode, (0, 1, 2, 3, 4, 6, 7, 8) if layout == "TND" else range(7))
+    prefix, q_ends, k_ends, q_starts, k_starts = (
+        None if values is None else [int(value) for value in values]
+        for values in (given.prefix, given.actual_seq_qlen, given.actual_seq_kvlen, given.q_start_idx, given.kv_start_idx)
+    )
+    batch, queries, keys = _check_shapes(op, query, key, value, given.head_num, layout, q_ends, k_ends)
+    if mask is not None:
+        _check_mask(op, mask, mode, batch, given.head_num, queries, keys)
+        fits = mode not in (5, 6) or (prefix is not None and len(prefix) == batch)
+        _checks.require(op, "prefix", fits, f"must have {batch} entries in mode 5 and 6", prefix)
     if pse is not None:
-        _checks.require(op, "pse", sparse_mode not in (7, 8), "must be None in sparse modes 7 and 8", "a tensor")
-        _check_pse(op, pse, pse_type, query.dtype, batch, head_num, queries, keys)
-    return head_num, layout, pse, atten_mask, *numbers, *lists, sparse_mode, pse_type, *starts
+        _checks.require(op, "pse", mode not in (7, 8), "must be None in sparse modes 7 and 8", "a tensor")
+        _check_pse(op, pse, given.pse_type, query.dtype, batch, given.head_num, queries, keys)
+    return Options(
+        given.head_num, layout, pse, mask, *given[4:9], prefix, q_ends, k_ends, mode, given.pse_type, q_starts, k_starts, None
+    )
 
 
 def _check_shapes(
@@ -302,11 +266,10 @@ def _check_pse(
     )
 
 
-def _numels(query: Tensor, key: Tensor, options: tuple) -> int:
+def _numels(query: Tensor, key: Tensor, options: Options) -> int:
     """How many random numbers dropout of all scores takes."""
-    heads, layout = options[0], options[1]
-    if layout != "TND":
-        batch_axis, sequence_axis = {"BSH": (0, 1), "BSND": (0, 1), "SBH": (1, 0), "BNSD": (0, 2)}[layout]
-        return query.shape[batch_axis] * heads * query.shape[sequence_axis] * key.shape[sequence_axis]
-    lengths = zip(*(lengths_of(ends, torch.device("cpu")).tolist() for ends in options[10:12]), strict=False)
-    return heads * sum(q * k for q, k in lengths)
+    if options.layout != "TND":
+        batch_axis, sequence_axis = {"BSH": (0, 1), "BSND": (0, 1), "SBH": (1, 0), "BNSD": (0, 2)}[options.layout]
+        return query.shape[batch_axis] * options.head_num * query.shape[sequence_axis] * key.shape[sequence_axis]
+    lists = (lengths_of(ends, torch.device("cpu")).tolist() for ends in (options.actual_seq_qlen, options.actual_seq_kvlen))
+    return options.head_num * sum(q * k for q, k in zip(*lists, strict=False))
