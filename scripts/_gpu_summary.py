@@ -37,6 +37,21 @@ def figures_of(path: Path, code: int) -> dict[str, object]:
     return {"code": code, "finished": code not in STOPPED, **report}
 
 
+CEILINGS = {"H200": (4300.0, 785.0)}
+"""Copy in GB/s and bfloat16 matrix product in TFLOP/s that were measured on a healthy device, by words of its name."""
+
+
+def ceilings_of(figures: dict[str, object], gpu: str) -> tuple[str, bool]:
+    """What the device reached, and whether that is more than 10 % away from what such a device should."""
+    found = figures.get("ceilings") or {}
+    if not found:
+        return "not measured", False
+    reached = found["copy_GBps"], found["matmul_TFLOPs"]["bf16"]
+    expected = next((value for name, value in CEILINGS.items() if name in gpu), reached)
+    odd = any(abs(own / wanted - 1) > 0.1 for own, wanted in zip(reached, expected, strict=True))
+    return f"copy {reached[0]:.0f} GB/s, bfloat16 product {reached[1]:.0f} TFLOP/s" + ("; odd machine" if odd else ""), odd
+
+
 def overall(tests: dict[str, object], figures: dict[str, object]) -> int:
     """Exit code of the run: a wrong result, a failure and what could not run count in this order."""
     if figures["code"] == 3:
@@ -50,19 +65,22 @@ def main() -> None:
     """`_gpu_summary.py FOLDER GPU TEST_CODE BENCHMARK_CODE SECONDS`."""
     folder, gpu, test_code, figure_code, seconds = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:6])
     tests, figures = tests_of(folder / "tests.xml", test_code), figures_of(folder / "benchmarks.json", figure_code)
-    code = overall(tests, figures)
+    code, (ceilings, odd) = overall(tests, figures), ceilings_of(figures, gpu)
     (folder / "summary.json").write_text(
-        json.dumps({"gpu": gpu, "seconds": seconds, "code": code, "tests": tests, "benchmarks": figures}, indent=1)
+        json.dumps(
+            {"gpu": gpu, "odd_machine": odd, "seconds": seconds, "code": code, "tests": tests, "benchmarks": figures}, indent=1
+        )
     )
     rows = [
         ("device", gpu),
+        ("ceilings", ceilings),
         ("tests", f"{tests['passed']} passed, {len(tests['failed'])} failed, {tests['skipped']} skipped" + _late(tests)),
         *(("  failed", name) for name in tests["failed"][:20]),
         ("benchmarks", f"{len(figures['cases'])} cases, exit code {figure_code}" + _late(figures)),
         *(
             ("  " + str(case.get("verdict")), case["id"])
             for case in figures["cases"]
-            if case.get("verdict") not in ("ok", "noisy")
+            if case.get("verdict") not in ("aim", "ok", "noisy", "info", "skipped")
         ),
         ("seconds", str(seconds)),
         ("result", {0: "ok", 1: "failed", 2: "incomplete", 3: "wrong result"}[code] + f" ({folder / 'summary.json'})"),

@@ -22,6 +22,7 @@ gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cu
 mkdir -p "$out"
 export TRITON_DEFAULT_FP_FUSION=1 # unset, Triton 3.9 warns that 3.10 changes the default
 export CUDA_DEVICE_MAX_CONNECTIONS=1
+export CUBLAS_WORKSPACE_CONFIG=:4096:8 # operator tests ask for deterministic algorithms, under which cuBLAS refuses to run without it
 started=$(date +%s)
 echo "gpu_check on $gpu"
 

@@ -63,3 +63,43 @@ def test_summary_of_a_run_that_produced_nothing(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     assert json.loads((tmp_path / "summary.json").read_text())["tests"]["finished"] is False
+
+
+@pytest.mark.parametrize(
+    ("gpu", "copy", "odd"), [("NVIDIA H200", 4250, False), ("NVIDIA H200", 3000, True), ("Another", 3000, False)]
+)
+def test_summary_says_when_the_device_is_not_what_it_should_be(tmp_path, gpu, copy, odd):
+    (tmp_path / "tests.xml").write_text(JUNIT.format(""))
+    report = {"cases": [{"id": "a", "verdict": "aim"}], "ceilings": {"copy_GBps": copy, "matmul_TFLOPs": {"bf16": 780}}}
+    (tmp_path / "benchmarks.json").write_text(json.dumps(report))
+    command = [sys.executable, str(ROOT / "scripts" / "_gpu_summary.py"), str(tmp_path), gpu, "0", "0", "9"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and f"copy {copy} GB/s, bfloat16 product 780 TFLOP/s" in result.stdout
+    assert ("odd machine" in result.stdout) == odd == json.loads((tmp_path / "summary.json").read_text())["odd_machine"]
+    assert "  aim" not in result.stdout
+
+
+ROWS = {
+    "norms": ("rms_norm.{way}.4096", "rms_norm.{way}.8192", "rms_norm.{way}.fp32_weight", "layer_norm.{way}.8192"),
+    "add-norms": ("add_rms_norm.{way}.4096", "add_rms_norm.{way}.8192", "dropout_add_rms_norm.{way}.8192"),
+    "swiglu": ("swiglu.{way}.14336", "swiglu.{way}.28672"),
+    "rotary": ("rotary.half.{way}", "rotary.interleaved.{way}", "rotary.half.packed.{way}"),
+    "optimizers": ("adamw.fp32", "ema_adamw.fp32"),
+    "permutation": ("permute.4096", "permute.8192", "unpermute.4096", "unpermute.8192"),
+    "grouped products": ("gmm.8x8192", "gmm.64x1024", "gmm.256x64", "gmm.ragged"),
+    "weight gradients": ("matmul_add.4096", "matmul_add.8192", "groupmatmul_add.8"),
+    "attention": ("fusion_attention.{way}.4096", "fusion_attention.{way}.16384"),
+    "ring update": ("ring_attention_update.8192", "ring_attention_update.16384"),
+    "launch": ("launch.rms_norm",),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_operator_is_measured_on_the_device_at_two_sizes(row):
+    from benchmarks._case import cases_of
+
+    cases = {case.id: case for case in cases_of(["benchmarks.ops.bench_cuda"])}
+    for pattern in ROWS[row]:
+        for way in ("forward", "backward"):
+            found = cases[f"ops.cuda.{pattern.format(way=way)}"]
+            assert found.devices == ("cuda",) and found.preset == "standard" and found.must is not None
