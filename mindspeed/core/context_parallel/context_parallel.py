@@ -37,7 +37,6 @@ class ContextParallelFlags:
     use_cp_send_recv_overlap: bool = flag(False, "Give rings a second communicator, to send and receive at the same time.")
     use_fused_ring_attention_update: bool = flag(False, "Merge partial results of the ring with one fused kernel.")
     megatron_cp_in_bnsd: bool = flag(False, "On NPU, hand ring attention to the kernel in BNSD layout; same numbers.")
-    attention_mask_on_cpu: bool = flag(False, "Keep a custom mask in host memory and move tiles only.")
     shape_order: str = flag(
         "SBH", "Accepted for old scripts; the layout is chosen by the kernel.", choices=("SBH", "BSH", "BSND")
     )

@@ -175,6 +175,18 @@ def test_parts_of_a_mask_are_looked_at_once_for_all_layers():
     assert first.scoring.bias.hidden is second.scoring.bias.hidden
 
 
+def test_the_programs_mask_comes_before_one_that_is_passed_and_before_the_layers_type():
+    run, (own, passed, _) = run_of(), masks().values()
+    set_attention_mask(own)
+    for kind in ("causal", "no_mask", "padding"):
+        assert_parity(attention_of(run, layer(kind), mask=passed), SequenceLayout(S, custom_mask=own), 0)
+    set_attention_mask(None)
+    assert_parity(attention_of(run, layer("causal"), mask=passed), SequenceLayout(S, custom_mask=passed), 0)
+    assert_parity(attention_of(run, layer("causal")), SequenceLayout(S), 0)
+    assert_parity(attention_of(run, layer("padding")), SequenceLayout(S, future=None), 0)
+    assert STORE.generated is None  # the vendor's template is not needed here
+
+
 @pytest.mark.parametrize("first_stage", [True, False])
 def test_a_mask_that_changes_between_micro_batches_is_recomputed_as_it_was(first_stage):
     """Full recomputation; on the stage that reads batches and on one that only receives hidden states."""

@@ -41,6 +41,7 @@ class FlashFlags:
         "Mask mode: 0 by layer, 1 the mask set by set_attention_mask, 2 and 3 causal, 4 the band alone.",
         choices=tuple(range(9)),
     )
+    attention_mask_on_cpu: bool = flag(False, "Keep a custom mask in host memory and move tiles only.")
 
 
 class FlashAttention(Feature):
