@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -54,6 +56,18 @@ def npu_apply_fused_adamw_v2(
         )
 
 
+class Options(NamedTuple):
+    """The numbers of the operator in the order of its schema, under the names of torch's fused kernel."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    weight_decay: float
+    eps: float
+    amsgrad: bool
+    maximize: bool
+
+
 def _reference(
     param: Tensor,
     grad: Tensor,
@@ -61,28 +75,23 @@ def _reference(
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None,
     state_step: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    eps: float,
-    amsgrad: bool,
-    maximize: bool,
+    *numbers: float,
 ) -> None:
-    wide = _checks.wide_dtype(param)
+    options, wide = Options(*numbers), _checks.wide_dtype(param)
     step = state_step.reshape(()).to(param.device, wide)
     g = grad.to(wide)
-    g = -g if maximize else g
+    g = -g if options.maximize else g
     m, v = exp_avg.to(wide), exp_avg_sq.to(wide)
-    m = m + (1 - beta1) * (g - m)
-    v = beta2 * v + (1 - beta2) * g * g
+    m = m + (1 - options.beta1) * (g - m)
+    v = options.beta2 * v + (1 - options.beta2) * g * g
     exp_avg.copy_(m)
     exp_avg_sq.copy_(v)
-    if amsgrad:
+    if options.amsgrad:
         v = torch.maximum(max_exp_avg_sq.to(wide), v)
         max_exp_avg_sq.copy_(v)
-    denominator = v.sqrt() / (1 - beta2**step).sqrt() + eps
-    param.copy_(param.to(wide) * (1 - lr * weight_decay) - lr / (1 - beta1**step) * m / denominator)
+    denominator = v.sqrt() / (1 - options.beta2**step).sqrt() + options.eps
+    decayed = param.to(wide) * (1 - options.lr * options.weight_decay)
+    param.copy_(decayed - options.lr / (1 - options.beta1**step) * m / denominator)
 
 
 define(
@@ -102,38 +111,14 @@ def _fused(
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None,
     state_step: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    eps: float,
-    amsgrad: bool,
-    maximize: bool,
+    *numbers: float,
 ) -> None:
     """torch's fused kernel; mixed or 16-bit dtypes go through float32 temporaries, a block at a time."""
-    wide = _checks.wide_dtype(param)
+    options, wide = Options(*numbers), _checks.wide_dtype(param)
     step = state_step.reshape(()).to(param.device, torch.float32)
-    states = [param, grad, exp_avg, exp_avg_sq, *([max_exp_avg_sq] if amsgrad else [])]
-
-    def update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, top: Tensor | None = None) -> None:
-        torch._fused_adamw_(
-            [p],
-            [g],
-            [m],
-            [v],
-            [] if top is None else [top],
-            [step],
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=weight_decay,
-            eps=eps,
-            amsgrad=amsgrad,
-            maximize=maximize,
-        )
-
-    if all(state.dtype == wide for state in states) and all(state.is_contiguous() for state in states):
-        update(*states)
+    states = [param, grad, exp_avg, exp_avg_sq, *([max_exp_avg_sq] if options.amsgrad else [])]
+    if all(state.dtype == wide and state.is_contiguous() for state in states):
+        _update(step, options, *states)
         return
     if not all(state.is_contiguous() for state in states):
         blocks = [tuple(states)]
@@ -142,7 +127,11 @@ def _fused(
         blocks = [tuple(state[block] for state in flat) for block in row_blocks(param.numel(), 4)]
     for block in blocks:
         work = [state.to(wide, memory_format=torch.contiguous_format, copy=True) for state in block]
-        update(*work)
+        _update(step, options, *work)
         for index, (state, value) in enumerate(zip(block, work, strict=True)):
             if index != 1:  # the gradient stays as it is
                 state.copy_(value)
+
+
+def _update(step: Tensor, options: Options, p: Tensor, g: Tensor, m: Tensor, v: Tensor, *top: Tensor) -> None:
+    torch._fused_adamw_([p], [g], [m], [v], list(top), [step], **options._asdict())
