@@ -19,7 +19,8 @@ def draw(device: torch.device, count: int) -> Tensor:
     generator = module.default_generators[index]
     offset = generator.get_offset()
     generator.set_offset(offset + (count + 3) // 4 * 4)
-    return torch.tensor([generator.initial_seed(), offset], dtype=torch.int64)
+    seed = generator.initial_seed()  # of 64 bits without sign
+    return torch.tensor([seed - (seed >> 63 << 64), offset], dtype=torch.int64)
 
 
 def keep_mask(rng: Tensor | None, shape: tuple[int, ...], p: float, device: torch.device) -> Tensor:

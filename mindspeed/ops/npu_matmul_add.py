@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mindspeed.ops import _checks
 from mindspeed.ops._blocks import row_blocks
-from mindspeed.ops._registry import define
+from mindspeed.ops._registry import define, register_kernel
 
 
 def npu_matmul_add_fp32(total_input: Tensor, grad_output: Tensor, grad: Tensor) -> None:
@@ -69,3 +69,17 @@ define(
     reference=_reference,
     fake=lambda total_input, grad_output, grad: None,
 )
+
+
+def _no_wide_addmm(total_input: Tensor, grad_output: Tensor, grad: Tensor) -> str | None:
+    if "dtype_out" not in torch.ops.aten.addmm.overloads():
+        return "this torch has no product of 16-bit matrices into float32"
+    if grad.dtype != torch.float32 or total_input.dtype not in _checks.HALVES:
+        return f"cuBLAS adds products of 16-bit matrices into float32, not {total_input.dtype} into {grad.dtype}"
+    return None
+
+
+@register_kernel("matmul_add_", "aten", devices=("cuda",), declines=_no_wide_addmm)
+def _wide_addmm(total_input: Tensor, grad_output: Tensor, grad: Tensor) -> None:
+    """One cuBLAS product with beta = 1; input and output of `addmm` are the same tensor, so nothing is copied."""
+    torch.ops.aten.addmm.dtype_out(grad, grad_output.t(), total_input, torch.float32, out=grad)
