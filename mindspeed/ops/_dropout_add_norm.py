@@ -7,6 +7,8 @@ Public forms: `mindspeed.ops.dropout_add_layer_norm` and `mindspeed.ops.dropout_
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -92,19 +94,42 @@ def _scaled(values: Tensor, rowscale: Tensor | None, layerscale: Tensor | None) 
     return values if layerscale is None else values * layerscale.to(values.dtype)
 
 
-def _reference(
-    x0: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    rowscale: Tensor | None,
-    layerscale: Tensor | None,
-    rng: Tensor | None,
-    p: float,
-    eps: float,
-    rms: bool,
-    pre_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class Forward(NamedTuple):
+    """The arguments of `dropout_add_norm` in the order of its schema."""
+
+    x0: Tensor
+    residual: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+    rowscale: Tensor | None
+    layerscale: Tensor | None
+    rng: Tensor | None
+    p: float
+    eps: float
+    rms: bool
+    pre_dtype: torch.dtype
+
+
+class Backward(NamedTuple):
+    """The arguments of `dropout_add_norm_backward`; x0 is there only if one of the scales wants a gradient."""
+
+    dy: Tensor
+    dpre: Tensor | None
+    x0: Tensor | None
+    pre: Tensor
+    weight: Tensor
+    rowscale: Tensor | None
+    layerscale: Tensor | None
+    mean: Tensor
+    rstd: Tensor
+    rng: Tensor | None
+    p: float
+    residual_dtype: torch.dtype | None
+    bias_dtype: torch.dtype | None
+
+
+def _reference(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x0, residual, weight, bias, rowscale, layerscale, rng, p, eps, rms, pre_dtype = Forward(*args)
     wide = _checks.wide_dtype(x0)
     u = _kept(_scaled(x0.to(wide), rowscale, layerscale), rng, p)
     u = u if residual is None else u + residual.to(wide)
@@ -115,27 +140,16 @@ def _reference(
     return y.to(x0.dtype).contiguous(), pre, rstd.new_empty(0) if mean is None else mean.contiguous(), rstd.contiguous()
 
 
-def _fake(x0, residual, weight, bias, rowscale, layerscale, rng, p, eps, rms, pre_dtype):  # noqa: ANN001, ANN202
-    wide, stats = _checks.wide_dtype(x0), (*x0.shape[:-1], 1)
-    mean = x0.new_empty(0 if rms else stats, dtype=wide)
-    return x0.new_empty(x0.shape), x0.new_empty(x0.shape, dtype=pre_dtype), mean, x0.new_empty(stats, dtype=wide)
+def _fake(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a = Forward(*args)
+    wide, stats = _checks.wide_dtype(a.x0), (*a.x0.shape[:-1], 1)
+    mean = a.x0.new_empty(0 if a.rms else stats, dtype=wide)
+    pre = a.x0.new_empty(a.x0.shape, dtype=a.pre_dtype)
+    return a.x0.new_empty(a.x0.shape), pre, mean, a.x0.new_empty(stats, dtype=wide)
 
 
-def _reference_backward(
-    dy: Tensor,
-    dpre: Tensor | None,
-    x0: Tensor | None,
-    pre: Tensor,
-    weight: Tensor,
-    rowscale: Tensor | None,
-    layerscale: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    rng: Tensor | None,
-    p: float,
-    residual_dtype: torch.dtype | None,
-    bias_dtype: torch.dtype | None,
-) -> tuple[Tensor, ...]:
+def _reference_backward(*args: object) -> tuple[Tensor, ...]:
+    dy, dpre, x0, pre, weight, rowscale, layerscale, mean, rstd, rng, p, residual_dtype, bias_dtype = Backward(*args)
     wide, centre = rstd.dtype, mean.numel() > 0
     x_hat, dy_wide = normalised(pre.to(wide), mean if centre else None, rstd), dy.to(wide)
     du = input_gradient(dy_wide * weight.to(wide), x_hat, rstd, centre)
@@ -158,31 +172,19 @@ def _reference_backward(
     )
 
 
-def _fake_backward(
-    dy: Tensor,
-    dpre: Tensor | None,
-    x0: Tensor | None,
-    pre: Tensor,
-    weight: Tensor,
-    rowscale: Tensor | None,
-    layerscale: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    rng: Tensor | None,
-    p: float,
-    residual_dtype: torch.dtype | None,
-    bias_dtype: torch.dtype | None,
-) -> tuple[Tensor, ...]:
-    def like(value, shape, dtype):  # noqa: ANN001, ANN202
-        return pre.new_empty(0) if value is None else pre.new_empty(shape, dtype=dtype)
+def _fake_backward(*args: object) -> tuple[Tensor, ...]:
+    a = Backward(*args)
+
+    def like(value: object, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
+        return a.pre.new_empty(0) if value is None else a.pre.new_empty(shape, dtype=dtype)
 
     return (
-        dy.new_empty(pre.shape),
-        like(residual_dtype, pre.shape, residual_dtype),
-        weight.new_empty(weight.shape),
-        like(bias_dtype, weight.shape, bias_dtype),
-        pre.new_empty(0) if x0 is None or rowscale is None else rowscale.new_empty(rowscale.shape),
-        pre.new_empty(0) if x0 is None or layerscale is None else layerscale.new_empty(layerscale.shape),
+        a.dy.new_empty(a.pre.shape),
+        like(a.residual_dtype, a.pre.shape, a.residual_dtype),
+        a.weight.new_empty(a.weight.shape),
+        like(a.bias_dtype, a.weight.shape, a.bias_dtype),
+        a.pre.new_empty(0) if a.x0 is None or a.rowscale is None else a.rowscale.new_empty(a.rowscale.shape),
+        a.pre.new_empty(0) if a.x0 is None or a.layerscale is None else a.layerscale.new_empty(a.layerscale.shape),
     )
 
 
@@ -241,19 +243,8 @@ define(
 
 
 @register_kernel("dropout_add_norm", "aten", devices=("cpu",))
-def _blocked(
-    x0: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    rowscale: Tensor | None,
-    layerscale: Tensor | None,
-    rng: Tensor | None,
-    p: float,
-    eps: float,
-    rms: bool,
-    pre_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _blocked(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x0, residual, weight, bias, rowscale, layerscale, rng, p, eps, rms, pre_dtype = Forward(*args)
     wide, size = _checks.wide_dtype(x0), x0.shape[-1]
     rows = x0.numel() // size
     y, pre = torch.empty(x0.shape, dtype=x0.dtype), torch.empty(x0.shape, dtype=pre_dtype)
@@ -297,26 +288,13 @@ def _scale_block(
         u.mul_(work.copy_(keep[block])).mul_(1.0 / (1.0 - p))
 
 
-def _scales_want_gradients(dy: Tensor, dpre: Tensor | None, x0: Tensor | None, *_: object) -> str | None:
-    return None if x0 is None else "rowscale or layerscale wants a gradient"
+def _scales_want_gradients(*args: object) -> str | None:
+    return None if Backward(*args).x0 is None else "rowscale or layerscale wants a gradient"
 
 
 @register_kernel("dropout_add_norm_backward", "aten", devices=("cpu",), declines=_scales_want_gradients)
-def _blocked_backward(
-    dy: Tensor,
-    dpre: Tensor | None,
-    x0: Tensor | None,
-    pre: Tensor,
-    weight: Tensor,
-    rowscale: Tensor | None,
-    layerscale: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    rng: Tensor | None,
-    p: float,
-    residual_dtype: torch.dtype | None,
-    bias_dtype: torch.dtype | None,
-) -> tuple[Tensor, ...]:
+def _blocked_backward(*args: object) -> tuple[Tensor, ...]:
+    dy, dpre, _, pre, weight, rowscale, layerscale, mean, rstd, rng, p, residual_dtype, bias_dtype = Backward(*args)
     wide, size, centre = rstd.dtype, pre.shape[-1], mean.numel() > 0
     rows = pre.numel() // size
     dx0 = torch.empty(pre.shape, dtype=dy.dtype)
