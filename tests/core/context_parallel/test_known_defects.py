@@ -78,6 +78,16 @@ def test_row_3_layers_that_cannot_be_shared_out_are_refused_when_they_are_built(
     general._build(original, built, config, 1, SimpleNamespace(name="padding"), "self")
 
 
+@pytest.mark.parametrize("place", ["inference_context", "inference_params", 5])
+def test_inference_with_a_cache_is_refused_over_ranks(place):
+    model = SimpleNamespace(pre_process=True)
+    args = [None] * 5 + [object()] if place == 5 else []
+    named = {} if place == 5 else {place: object()}
+    with pytest.raises(ValueError, match="inference with a key-value cache is not shared out; use --context-parallel-size 1"):
+        run_of(**plan_arguments(RING, 2))._model_forward(lambda model, *args, **kwargs: "out", model, *args, **named)
+    assert run_of()._model_forward(lambda model, *args, **kwargs: "out", model, *args, **named) == "out"
+
+
 def test_row_5_a_given_band_binds_causal_layers():
     run = run_of(FlashFlags(pre_tockens=5), given={"pre_tockens"})
     assert_parity(attention_of(run), SequenceLayout(S, past=5), 0)

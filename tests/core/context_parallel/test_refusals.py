@@ -67,6 +67,9 @@ REFUSED = {
     "gathered groups": (f"{ULYSSES} --use-ulysses-allgather-kv {GQA} 2", "--use-ulysses-allgather-kv: needs one key head per tensor-parallel rank, there are 2"),
     "internal mode": ("--use-flash-attn --sparse-mode 5", "--sparse-mode 5: 5 to 8 are internal modes"),
     "empty band": ("--use-flash-attn --sparse-mode 4 --pre-tockens 1 --next-tockens -2", "--pre-tockens 1: with --next-tockens -2 rows would see no key"),
+    "band without kernels": ("--pre-tockens 8", "--pre-tockens 8: needs flash attention. Add --use-flash-attn or remove it"),
+    "future without kernels": ("--next-tockens 8", "--next-tockens 8: needs flash attention. Add --use-flash-attn or remove it"),
+    "mode without kernels": ("--sparse-mode 4", "--sparse-mode 4: needs flash attention. Add --use-flash-attn or remove it"),
     "more tokens": (f"{FOUR} --mtp-num-layers 1 --position-embedding-type rope", "--mtp-num-layers 1: does not work with context parallelism"),
     "contradiction": (f"{ULYSSES} --cp-comm-type p2p", "--cp-comm-type p2p: contradicts --context-parallel-algo ulysses_cp_algo"),
     "types per layer": (f"{FOUR} --cp-comm-type p2p a2a a2a a2a", "--cp-comm-type a2a, p2p: different types per layer"),
@@ -137,6 +140,7 @@ HINTS = {
     "layout": (f"{FOUR} --megatron-cp-in-bnsd", "--megatron-cp-in-bnsd concerns the NPU kernel; nothing changes on cpu"),
     "band": ("--use-flash-attn --sparse-mode 2 --pre-tockens 8", "--pre-tockens ignored: --sparse-mode 2 has no band"),
     "ALiBi": (f"{ALIBI} --square-alibi-mask", "--square-alibi-mask and --fill-neg-inf change nothing"),
+    "mode alone": ("--sparse-mode 2 --pre-tockens 65536", "--sparse-mode 2 has no effect because the feature flash-attention is off"),
     "ALiBi alone": ("--alibi-fusion-attn-type 2", "--alibi-fusion-attn-type 2 has no effect because the feature alibi is off"),
 }  # fmt: skip
 

@@ -23,6 +23,7 @@ from mindspeed.core.transformer.flash_attention.wiring import Wiring
 from mindspeed.core.transformer.fused_choice import uses_transformer_engine
 from mindspeed.notices import warn_once
 from mindspeed.patching import Change, Feature, Patch, Problem, RunShape, flag
+from mindspeed.patching.flags import flag_specs
 
 LAYER_OFFSET = "megatron.core.transformer.transformer_layer:get_transformer_layer_offset"
 ROTATE = "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd"
@@ -85,9 +86,15 @@ class FlashAttention(Feature):
             yield Problem("--transformer-impl", "transformer_engine", rule, "use --transformer-impl local")
 
     def check_off(self, flags: FlashFlags, run: RunShape) -> Iterator[Problem]:
-        """A mask that was set before the run would be dropped."""
+        """A mask that was set before the run would be dropped, and so would a band."""
         if STORE.is_set:
             yield Problem("set_attention_mask", None, NO_MASKS, "add the flag, or reset the mask with None")
+        if flags.sparse_mode in (1, 4):
+            yield Problem("--sparse-mode", flags.sparse_mode, "needs flash attention", "add --use-flash-attn or remove it")
+        elif flags.sparse_mode == 0:
+            for spec in flag_specs(FlashFlags)[:2]:
+                if (value := getattr(flags, spec.dest)) != spec.default:
+                    yield Problem(spec.option, value, "needs flash attention", "add --use-flash-attn or remove it")
 
     def patches(self, flags: FlashFlags, host: Any) -> Iterator[Patch]:
         """Core attention, batches, rotary tables, recomputation."""

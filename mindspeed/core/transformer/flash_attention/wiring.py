@@ -146,6 +146,11 @@ class Wiring:
         return batch
 
     def _model_forward(self, original: Original, model: Any, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("inference_context", args[5] if len(args) > 5 else None) or kwargs.get("inference_params")
+        if cache is not None and self.attention.maker.plan.size > 1:
+            raise ValueError(
+                "context parallelism: inference with a key-value cache is not shared out; use --context-parallel-size 1"
+            )
         ids = kwargs.get("input_ids", args[0] if args else None)
         with self.batches.around_model(self._length_seen_by(model, ids), reads=model.pre_process):
             return original(model, *args, **kwargs)
