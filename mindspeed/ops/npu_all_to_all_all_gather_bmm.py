@@ -51,7 +51,6 @@ def npu_alltoall_allgather_bmm(
         _checks.shape(OP, "bias", bias, (experts, weight.shape[2]), (experts, 1, weight.shape[2]))
         bias = bias.reshape(experts, 1, weight.shape[2])
     _checks.same_device(OP, x=x, weight=weight, bias=bias)
-    _checks.same_device(OP, x=x, weight=weight, bias=bias)
     _checks.forward_only(OP, HINT, x, weight, bias)
     return torch.ops.mindspeed.npu_alltoall_allgather_bmm(
         x,

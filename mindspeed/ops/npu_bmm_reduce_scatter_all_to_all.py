@@ -45,7 +45,6 @@ def npu_bmm_reducescatter_alltoall(
         _checks.tensor(OP, "bias", bias, (x.dtype, torch.float32))
         _checks.shape(OP, "bias", bias, (x.shape[0], 1, hidden), (x.shape[0], hidden))
     _checks.same_device(OP, x=x, weight=weight, bias=bias)
-    _checks.same_device(OP, x=x, weight=weight, bias=bias)
     _checks.forward_only(OP, HINT, x, weight, bias)
     names = comm_name(group_ep), comm_name(group_tp)
     return torch.ops.mindspeed.npu_bmm_reducescatter_alltoall(
