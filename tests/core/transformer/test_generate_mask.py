@@ -20,6 +20,7 @@ from mindspeed.errors import ConfigError
 from mindspeed.model import transformer as documented
 from mindspeed.runtime import enabled
 from mindspeed.testing import ranks
+from mindspeed.training import data
 from tests.core.context_parallel.dense import assert_parity, dense, draw
 from tests.core.transformer.attention_of_a_run import (
     ADAPTIVE,
@@ -31,7 +32,7 @@ from tests.core.transformer.attention_of_a_run import (
     plan_arguments,
     run_of,
 )
-from tests.training.runs import TINY, seed_checkpoint, train
+from tests.training.runs import TINY, assert_same_digits, seed_checkpoint, train
 
 S = 48
 
@@ -256,7 +257,7 @@ def test_a_finished_trainer_run_leaves_no_mask():
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """Training with a prefix mask on one device."""
+    """Training with a prefix mask on one device, which equals the host's own attention with that mask as a tensor."""
     folder = tmp_path_factory.mktemp("masks")
     flags = f"{TINY} --position-embedding-type rope --use-flash-attn --attention-mask-type general"
     flags = f"{flags} {seed_checkpoint(folder / 'seed', flags)}"
@@ -267,14 +268,33 @@ def reference(tmp_path_factory):
     curve = train(flags).curve
     set_attention_mask(None)
     assert curve != plain
+
+    def with_mask(iterator):
+        tokens, labels, loss_mask, _, position_ids = get_batch(iterator)
+        return tokens, labels, loss_mask, hidden[None, None], position_ids
+
+    with pytest.MonkeyPatch.context() as patch:
+        get_batch = data.get_batch
+        patch.setattr(data, "get_batch", with_mask)
+        assert_same_digits(train(flags.replace("--use-flash-attn", "")).curve, curve)
     return flags, hidden, curve
 
 
 @ranks(4, megatron=True)
 @pytest.mark.parametrize(
-    "layout", ["--pipeline-model-parallel-size 4", "--context-parallel-size 2 --pipeline-model-parallel-size 2"]
+    "layout",
+    [
+        "--pipeline-model-parallel-size 4",
+        "--context-parallel-size 2 --pipeline-model-parallel-size 2",
+        "--context-parallel-size 4 --context-parallel-algo ulysses_cp_algo",
+        "--context-parallel-size 4 --context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 2",
+        "--context-parallel-size 4 --context-parallel-algo kvallgather_cp_algo",
+        "--context-parallel-size 4 --context-parallel-algo adaptive_cp_algo",
+        "--context-parallel-size 2 --context-parallel-algo adaptive_cp_algo --pipeline-model-parallel-size 2",
+    ],
+    ids=["stages", "ring and stages", "ulysses", "hybrid", "gather", "adaptive", "adaptive and stages"],
 )
-def test_every_stage_sees_the_mask(world, layout, reference):
+def test_every_rank_and_stage_sees_the_mask(world, layout, reference):
     flags, hidden, expected = reference
     set_attention_mask(hidden)
     try:
