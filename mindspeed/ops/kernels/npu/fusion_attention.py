@@ -151,6 +151,6 @@ def fusion_attention_backward(
     dq, dk, dv, dpse, *_ = torch_npu.npu_fusion_attention_grad_v2(
         query, key, value, dout.contiguous(), options.head_num, options.layout, softmax_max=top, softmax_sum=total,
         attention_in=out, scale_value=options.scale, seed=seed, offset=offset,
-        numels=0 if options.rng is None else _numels(query, key, rest), **_common(query, key, options), **by_token,
+        numels=0 if options.rng is None else _numels(query, key, options), **_common(query, key, options), **by_token,
     )  # fmt: skip
     return dq, dk, dv, dpse if need_dpse else query.new_empty(0)
