@@ -72,9 +72,15 @@ def build_norm(
     zero_centered_gamma: bool = False,
     normalization: str = "LayerNorm",
 ) -> Any:
-    """Our RMSNorm where the config asks for RMSNorm, with the parameter marked for sequence parallelism; else the host's norm."""
+    """Our RMSNorm where the config asks for RMSNorm, with the parameter marked for sequence parallelism; else the host's norm.
+
+    Raises:
+        ValueError: the config wants the input recomputed from the output, which the operator does not do.
+    """
     if config.normalization != "RMSNorm":
         return original(cls, config, hidden_size, eps, persist_layer_norm, zero_centered_gamma, normalization)
+    if getattr(config, "memory_efficient_layer_norm", False):
+        raise ValueError("memory_efficient_layer_norm: the fused RMSNorm keeps its input; set it to False")
     settings = SimpleNamespace(
         layernorm_zero_centered_gamma=bool(config.layernorm_zero_centered_gamma or zero_centered_gamma),
         sequence_parallel=config.sequence_parallel,

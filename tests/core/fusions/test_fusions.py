@@ -127,6 +127,16 @@ def test_packed_rope(cp_size):
         torch.testing.assert_close(ours, torch.cat(parts))
 
 
+def test_packed_rope_is_one_launch_whatever_the_number_of_sequences():
+    cu = torch.tensor([0, 3, 3, 7, 12, 13], dtype=torch.int32)
+    t, freqs = torch.randn(13, 2, 6), torch.randn(8, 1, 1, 4)
+    config = SimpleNamespace(rotary_interleaved=False)
+    calls = operator_calls(lambda: fused_rope.apply_rotary_pos_emb(t, freqs, config, cu))
+    assert calls == {"rotary": 1}
+    lengths = fused_rope.packed_positions(cu.to("meta"), 13, cp_rank=1, cp_size=2)  # no value is read on the host
+    assert lengths.shape == (13,)
+
+
 # --- softmax, LayerNorm, grouped products
 
 

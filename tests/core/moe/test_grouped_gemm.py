@@ -84,3 +84,18 @@ def test_all_fused_operators_of_experts_together():
     flags = f"--moe-grouped-gemm {OPTION} --use-fused-swiglu --moe-permute-fusion"
     names = ["fused-swiglu", "moe-permute-fusion", "grouped-gemm"]
     assert_same_training("", flags, 2, steps=10, common=MOE, features=names, rtol=2e-6)
+
+
+def test_all_fused_operators_under_tensor_and_sequence_parallelism():
+    """Experts on two tensor-parallel ranks, with everything that moves or multiplies their tokens fused."""
+    experts = (
+        "--num-layers 2 --num-experts 4 --moe-router-topk 2 --disable-bias-linear --swiglu --moe-token-dispatcher-type alltoall"
+    )
+    common = (
+        f"{experts} --tensor-model-parallel-size 2 --sequence-parallel --normalization RMSNorm --position-embedding-type rope"
+    )
+    flags = (
+        f"--moe-grouped-gemm {OPTION} --use-fused-swiglu --moe-permute-fusion --use-fused-rmsnorm --use-fused-rotary-pos-emb"
+    )
+    names = ["fused-swiglu", "moe-permute-fusion", "grouped-gemm", "fused-rmsnorm", "fused-rotary-pos-emb"]
+    assert_same_training("", flags, 2, steps=10, common=common, features=names, rtol=1e-5)

@@ -73,6 +73,31 @@ def test_other_norms_stay_the_host_s():
     assert seen == [(object, config, 8, 1e-6, False, True, "LayerNorm")]
 
 
+def test_other_norms_of_the_host_pass_through_and_unkept_wishes_are_refused():
+    from megatron.core.transformer.torch_norm import L2Norm, WrappedTorchNorm
+
+    wishes = {"layernorm_zero_centered_gamma": False, "sequence_parallel": True, "persist_layer_norm": False}
+    with mindspeed.enabled(normalization="RMSNorm", use_fused_rmsnorm=True):
+        config = SimpleNamespace(normalization="L2Norm", memory_efficient_layer_norm=False, **wishes)
+        assert type(WrappedTorchNorm(config=config, hidden_size=8)) is L2Norm
+        config = SimpleNamespace(normalization="LayerNorm", memory_efficient_layer_norm=False, **wishes)
+        assert [p.sequence_parallel for p in WrappedTorchNorm(config=config, hidden_size=8).parameters()] == [True, True]
+        config = SimpleNamespace(normalization="RMSNorm", memory_efficient_layer_norm=True, **wishes)
+        with pytest.raises(ValueError, match="memory_efficient_layer_norm: the fused RMSNorm keeps its input"):
+            WrappedTorchNorm(config=config, hidden_size=8)
+
+
+LATENT = "--multi-latent-attention --kv-lora-rank 16 --v-head-dim 16 --qk-head-dim 16 --qk-pos-emb-head-dim 8"
+
+
+@pytest.mark.parametrize(("flags", "norms"), [("--qk-layernorm", 9), (f"{LATENT} --q-lora-rank 16 --qk-layernorm", 9)])
+def test_norms_inside_of_attention_come_from_the_same_place(flags, norms):
+    """Two layers with two norms each and two more around queries and keys, and the last norm."""
+    common = f"--num-layers 2 --normalization RMSNorm --position-embedding-type rope {flags}"
+    _, second = assert_same_training("", "--use-fused-rmsnorm", 1, steps=3, common=common, called=[TARGET], rtol=1e-5)
+    assert [row.calls for row in second.patches if row.target == TARGET and row.owner == "fused-rmsnorm"] == [norms]
+
+
 def test_host_builds_it_while_the_feature_is_on():
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 

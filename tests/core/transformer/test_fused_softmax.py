@@ -57,6 +57,18 @@ def test_probabilities_and_gradients_are_the_host_s():
         assert handle.ledger.calls(f"{MODULE}.forward_fused_softmax") == 4
 
 
+def test_the_host_s_extension_is_never_asked(monkeypatch):
+    """`get_batch_per_block` imports a compiled extension that only the host's own kernel needs."""
+    from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
+
+    monkeypatch.setattr(FusedScaleMaskSoftmax, "get_batch_per_block", lambda *_: pytest.fail("asked"))
+    with mindspeed.enabled(masked_softmax_fusion=True):
+        for size in (5, 16, 64):
+            scores = torch.randn(1, 2, size, size).bfloat16()
+            assert host_module("causal").is_kernel_available(None, 1, 2, size, size)
+            assert host_module("causal")(scores, None).shape == scores.shape
+
+
 def test_other_precisions_and_shapes_go_to_the_host_s_formula():
     with mindspeed.enabled(masked_softmax_fusion=True):
         assert not host_module("causal", bits16=False).is_kernel_available(None, 1, 1, 4, 4)
