@@ -5,6 +5,7 @@ import types
 import pytest
 
 from mindspeed.patching.ledger import Ledger
+from mindspeed.patching.plan import Plan
 
 TOY = "tests.patching.toy"
 
@@ -62,3 +63,19 @@ def user_module(toy):
 
 def owned(patch, owner="a", flag=""):
     return dataclasses.replace(patch, owner=owner, flag=flag)
+
+
+def plus_one(original, *args, **kwargs):
+    return original(*args, **kwargs) + 1
+
+
+def times_ten(original, *args, **kwargs):
+    return original(*args, **kwargs) * 10
+
+
+def halve(x, *, by=2):
+    return x / by
+
+
+def apply(ledger, *patches):
+    Plan.of([patch if patch.owner else owned(patch) for patch in patches]).apply(ledger)
