@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mindspeed.core.attention import FULL, Scoring
+from mindspeed.core.attention import FULL, Scoring, dispatch
 from mindspeed.core.context_parallel.adaptive.adaptive_attention import AdaptivePlan, adaptive_attention
 from mindspeed.core.context_parallel.adaptive.feature import AdaptiveContextParallel, AdaptiveFlags
 from mindspeed.core.context_parallel.adaptive.planner import AdaptivePlanner
@@ -34,6 +34,7 @@ from mindspeed.patching import RunShape
 from mindspeed.testing import ranks
 from mindspeed.testing.parity import assert_same_training
 from tests.core.context_parallel.dense import assert_near, assert_parity, dense, draw
+from tests.training.runs import TINY, assert_same_digits, seed_checkpoint, train
 
 
 def grids(ranks_):
@@ -256,3 +257,69 @@ def test_training_with_an_adaptive_schedule():
     rope = "--position-embedding-type rope --group-query-attention --num-query-groups 2"
     flags = f"{rope} --context-parallel-size 2 --context-parallel-algo adaptive_cp_algo"
     assert_same_training(rope, flags, world_b=2, features=["adaptive-context-parallel"])
+
+
+@ranks(4)
+def test_a_kernel_runs_once_for_each_tile_that_shows_something(world):
+    """Also where the mask is in host memory: the same numbers, and no more calls."""
+    for name in ("streams", "window", "blind rows", "empty diagonal"):
+        plan, groups = ContextPlan("adaptive_cp_algo", 4), ContextGroups()
+        groups.create(plan, world.group, overlap=False)
+        layout = AdaptivePlanner(groups).remapped(plan.layout(S, custom_mask=~MASKS[name]))
+        calls, original = [], dispatch.choose
+        dispatch.choose = lambda *args, calls=calls, original=original: calls.append(1) or original(*args)
+        inputs = [torch.randn(S // 4, 2, 4, 8, requires_grad=True) for _ in range(3)]
+        try:
+            out = context_attention(*inputs, plan=plan, groups=groups, layout=layout, options=AttentionOptions(0.3))
+            forward = len(calls)
+            out.sum().backward()
+        finally:
+            dispatch.choose = original
+        counts = world.gather(torch.tensor([[forward, len(calls) - forward]]), 0).sum(0).tolist()
+        tiles = int(tile_grid(MASKS[name], layout.order, 4).sum())
+        assert counts == [tiles, tiles]
+        groups.drop()
+
+
+def test_masks_that_change_in_place_are_planned_anew_when_dynamic():
+    plan, hidden = ContextPlan("adaptive_cp_algo", 4), ~MASKS["causal"]
+    fixed, dynamic = AdaptivePlanner(ContextGroups()), AdaptivePlanner(ContextGroups(), dynamic=True)
+    layout = plan.layout(S, custom_mask=hidden)
+    before = [planner.remapped(layout).order for planner in (fixed, dynamic)]
+    hidden.copy_(~MASKS["streams"])
+    after = [planner.remapped(layout).order for planner in (fixed, dynamic)]
+    assert torch.equal(after[0], before[0])
+    assert torch.equal(before[1], torch.arange(S)) and torch.equal(after[1], best_order(MASKS["streams"], 4))
+    assert not torch.equal(after[1], torch.arange(S))
+
+
+@pytest.fixture(scope="module")
+def streams_on_one_device(tmp_path_factory):
+    """Training with two interleaved streams, of which an adaptive algorithm moves the tokens."""
+    folder = tmp_path_factory.mktemp("streams")
+    flags = f"{TINY} --position-embedding-type rope --use-flash-attn --attention-mask-type general"
+    flags = f"{flags} {seed_checkpoint(folder / 'seed', flags)}"
+    hidden = ~interleaved(32)
+    plain = train(flags).curve
+    set_attention_mask(hidden)
+    curve = train(flags).curve
+    set_attention_mask(None)
+    assert curve != plain and not torch.equal(best_order(~hidden, 4), torch.arange(32))
+    return flags, hidden, curve
+
+
+@ranks(4, megatron=True)
+@pytest.mark.parametrize("layout", ["", "--context-parallel-algo hybrid_adaptive_cp_algo --ulysses-degree-in-cp 2"])
+def test_positions_follow_tokens_that_are_moved(world, layout, streams_on_one_device):
+    """Rotary positions, labels and loss masks too: the curve of one device, also when layers are computed again."""
+    flags, hidden, expected = streams_on_one_device
+    set_attention_mask(hidden)
+    try:
+        recompute = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+        curve = train(
+            f"{flags} --context-parallel-size 4 {layout or '--context-parallel-algo adaptive_cp_algo'} {recompute}"
+        ).curve
+    finally:
+        set_attention_mask(None)
+    if world.rank == world.size - 1:
+        assert_same_digits(curve, expected)
