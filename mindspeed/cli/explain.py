@@ -85,8 +85,9 @@ def _explain(runtime: Runtime, args: argparse.Namespace, foreign: list[str], rep
         plan = activation.plan_for(active, runtime.host, runtime.ledger)
     except MindspeedError as error:
         problems.append(Problem("patches", None, str(error), "see the message"))
-    asked = _survey(runtime, args)
-    console.print(feature_table(active, plan, problems, idle_flags(runtime.features, asked, args) if asked else ()))
+    asked, refused = _survey(runtime, args), {problem.flag for problem in problems}
+    idle = [flag for flag in idle_flags(runtime.features, asked, args) if flag.option.split(" ")[0] not in refused]
+    console.print(feature_table(active, plan, problems, idle if asked else ()))
     if served := operator_rows(active):
         console.print(operator_table(served))
     for line in getattr(getattr(args, "mindspeed", None), "derived", ()):

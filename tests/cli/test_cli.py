@@ -74,6 +74,8 @@ def test_explain_shows_what_is_on_and_why(console):
 def test_explain_names_flags_that_change_nothing(console):
     code, text = text_of(explain.run, console, ["--", "--num-layers", "8", "--cp-window-size", "2"], False)
     assert code == 0 and "--cp-window-size 2" in text and "no effect" in text and "--context-parallel-size above 1" in text
+    code, text = text_of(explain.run, console, ["--", "--num-layers", "8", "--pre-tockens", "4"], False)
+    assert code == 2 and "needs flash attention" in text and "no effect" not in text
     code, text = text_of(explain.run, console, ["--", "--num-layers", "8", "--context-parallel-size", "1"], False)
     assert code == 0 and "no effect" not in text
 
