@@ -13,14 +13,15 @@ def draw(device: torch.device, count: int) -> Tensor:
     synchronisation is needed and activation checkpointing and random-state trackers replay the same numbers.
     """
     if device.type in ("cpu", "meta"):
-        return torch.cat([torch.randint(0, 2**63 - 1, (1,)), torch.zeros(1, dtype=torch.int64)])
+        return torch.cat([torch.randint(0, 2**63 - 1, (1,), device="cpu"), torch.zeros(1, dtype=torch.int64, device="cpu")])
     module = torch.get_device_module(device)
     index = device.index if device.index is not None else module.current_device()
     generator = module.default_generators[index]
     offset = generator.get_offset()
     generator.set_offset(offset + (count + 3) // 4 * 4)
-    seed = generator.initial_seed()  # of 64 bits without sign
-    return torch.tensor([seed - (seed >> 63 << 64), offset], dtype=torch.int64)
+    # of 64 bits without sign; on the CPU under any default device, so that reading it waits for nothing
+    seed = generator.initial_seed()
+    return torch.tensor([seed - (seed >> 63 << 64), offset], dtype=torch.int64, device="cpu")
 
 
 def keep_mask(rng: Tensor | None, shape: tuple[int, ...], p: float, device: torch.device) -> Tensor:

@@ -113,7 +113,7 @@ def npu_fusion_attention_grad(
     if options.layout == "TND":
         index = block_index(lengths_of(options.actual_seq_qlen, query.device), *softmax_max.shape[:2])
         softmax_max, softmax_sum = to_tokens(softmax_max, index), to_tokens(softmax_sum, index)
-    rng = torch.tensor([seed, offset], dtype=torch.int64) if keep_prob < 1.0 else None
+    rng = torch.tensor([seed, offset], dtype=torch.int64, device="cpu") if keep_prob < 1.0 else None
     need_dpse = pse is not None and pse_type in (0, 1)
     dq, dk, dv, dpse = torch.ops.mindspeed.fusion_attention_backward(
         grad_outputs, query, key, value, attention_in, softmax_max, softmax_sum, need_dpse, *options[:-1], rng
