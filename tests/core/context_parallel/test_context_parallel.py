@@ -12,8 +12,10 @@ from mindspeed.core.transformer.flash_attention.feature import FlashAttention
 from mindspeed.errors import ConfigError
 from mindspeed.notices import warn_once
 from mindspeed.patching import activation
+from mindspeed.testing import ranks
 from mindspeed.testing.parity import assert_same_training
 from tests.core.transformer.attention_of_a_run import plan_arguments, run_of
+from tests.training.runs import TINY, train
 
 FEATURES = (ContextParallel(), KvCachePolicy(), FlashAttention())
 RUN = dict(
@@ -165,6 +167,21 @@ def test_two_ranks_train_as_one(name):
         world_b=2,
         features=["flash-attention"],
     )
+
+
+FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+
+
+@ranks(2, megatron=True)
+@pytest.mark.parametrize("algorithm", ["megatron_cp_algo", "ulysses_cp_algo"])
+def test_recomputation_is_bit_equal(world, algorithm):
+    """Dropout of attention included: the seed comes again, and with it the mask."""
+    flags = f"{TINY} {ROPE} --context-parallel-size 2 --context-parallel-algo {algorithm} --attention-dropout 0.2"
+    plain = train(flags)
+    for recompute in (FULL_RECOMPUTE, "--recompute-granularity selective"):
+        again = train(f"{flags} {recompute}")
+        assert (again.curve, again.digest) == (plain.curve, plain.digest)
+    assert train(flags.replace("dropout 0.2", "dropout 0.1")).digest != plain.digest
 
 
 FOUR = {

@@ -69,6 +69,38 @@ def test_groups_of_any_rank_order_and_a_second_life(world):
         assert ACTIVE.groups is None and groups.extra == {} and groups.members == {}
 
 
+@ranks(8, megatron=True)
+@pytest.mark.parametrize(
+    ("sizes", "order", "expected"),
+    [
+        ((2, 2, 1), "tp-cp-ep-dp-pp", [0, 2]),
+        ((1, 4, 2), "tp-cp-ep-dp-pp", [0, 1, 2, 3]),
+        ((2, 2, 1), "tp-ep-dp-cp-pp", [0, 4]),
+    ],
+)
+def test_groups_of_the_host(world, sizes, order, expected):
+    """Tensor, context and pipeline sizes in the host's order and in another: every group lies inside the host's."""
+    from megatron.core import parallel_state as host
+
+    tensor, context, pipeline = sizes
+    host.initialize_model_parallel(tensor, pipeline, context_parallel_size=context, order=order)
+    cp, groups = host.get_context_parallel_group(), ContextGroups()
+    members = dist.get_process_group_ranks(cp)
+    plan = ContextPlan(HYBRID, 4, degree=2) if context == 4 else ContextPlan(RING, context)
+    groups.create(plan, cp, overlap=True)
+    if world.rank == 0:
+        assert members == expected
+    if context == 4:
+        place = members.index(world.rank)
+        assert parallel_state.get_context_parallel_global_ranks_for_hybrid_ulysses() == members[place // 2 * 2 :][:2]
+        assert parallel_state.get_context_parallel_global_ranks_for_hybrid_ring() == members[place % 2 :: 2]
+    else:
+        again = parallel_state.get_context_parallel_group_for_send_recv_overlap()
+        assert dist.get_process_group_ranks(again) == members
+    groups.drop()
+    host.destroy_model_parallel()
+
+
 @ranks(4, megatron=True)
 def test_two_runs_in_one_process(world):
     """Initialise, destroy, initialise, with other groups each time."""

@@ -312,6 +312,28 @@ def test_unequal_lengths_and_heads(world, length, heads):
 
 
 @ranks(2)
+def test_two_ranks_with_lengths_that_shrink(world):
+    for length in (13, 11, 10, 3):
+        check_unaligned(world, length, 3, FixedTotal(length))
+
+
+@ranks(4)
+def test_four_ranks_with_lengths_that_shrink(world):
+    for length in (13, 11, 10, 5):
+        check_unaligned(world, length, 6, FixedTotal(length))
+
+
+@ranks(1)
+def test_one_rank_changes_nothing(world):
+    check_unaligned(world, 13, 3, FixedTotal(13))
+    x = torch.randn(5, 4, 3, 2)
+    assert torch.equal(all_to_all(x, world.group, 2, 0, 5), x) and torch.equal(all_to_all(x, world.group, 1, 2), x)
+    leaf = torch.randn(4, 2, requires_grad=True)
+    for function in (split_forward_gather_backward, gather_forward_split_backward):
+        assert torch.equal(function(leaf, world.group, 0), leaf)
+
+
+@ranks(2)
 def test_documented_wrapper_with_equal_pieces_and_grouped_heads(world):
     layout = SequenceLayout(S, ulysses=2)
     module = UlyssesContextAttention(local_attention, world.group)
