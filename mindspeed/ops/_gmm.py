@@ -198,7 +198,15 @@ def _no_grouped_mm(x: Tensor, weight: Tensor) -> str | None:
         return "aten's grouped product wants sizes that are multiples of 8"
     if weight.numel() == 0:
         return "aten's grouped product wants at least one group and column"
+    if not (_rows_are_aligned(x) and _rows_are_aligned(weight)):
+        return "aten's grouped product wants rows or columns that start at multiples of 16 bytes"
     return None
+
+
+def _rows_are_aligned(value: Tensor) -> bool:
+    """Whether rows or columns are contiguous, and all other steps are multiples of 8 elements."""
+    *outer, first, second = value.stride()
+    return min(first, second) == 1 and all(step % 8 == 0 for step in (*outer, max(first, second), value.storage_offset()))
 
 
 def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mindspeed.ops import backends, npu_matmul_add
+from mindspeed.ops import _gmm, backends, npu_matmul_add
 from mindspeed.ops._random import draw
 from mindspeed.ops.gmm import npu_gmm
 from mindspeed.ops.npu_matmul_add import npu_matmul_add_fp32
@@ -47,6 +47,16 @@ def test_matmul_add_leaves_other_dtypes_to_the_next_kernel():
     assert "not torch.float32 into torch.float32" in npu_matmul_add._no_wide_addmm(*operands(FP32))
     assert "not torch.float16 into torch.float16" in npu_matmul_add._no_wide_addmm(*operands(FP16, FP16))
     assert "dtype_out" in torch.ops.aten.addmm.overloads()
+
+
+def test_grouped_products_leave_what_vector_loads_cannot_read_to_the_next_kernel():
+    x, weight = torch.randn(16, 24).to(BF16), torch.randn(2, 24, 8).to(BF16)
+    transposed = torch.randn(2, 8, 24).to(BF16).transpose(1, 2)
+    for fitting in (x, torch.randn(24, 16).to(BF16).t(), torch.randn(16, 32).to(BF16)[:, :24]):
+        assert _gmm._no_grouped_mm(fitting, weight) is _gmm._no_grouped_mm(fitting, transposed) is None
+    shifted = torch.randn(16 * 24 + 1).to(BF16)[1:].view(16, 24)
+    for unfitting in (torch.randn(16, 25).to(BF16)[:, :24], torch.randn(16, 48).to(BF16)[:, ::2], shifted):
+        assert "multiples of 16 bytes" in _gmm._no_grouped_mm(unfitting, weight)
 
 
 @pytest.mark.parametrize(("seed", "signed"), [(5, 5), (2**63 - 1, 2**63 - 1), (2**63, -(2**63)), (2**64 - 1, -1)])
