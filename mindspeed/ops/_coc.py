@@ -45,10 +45,11 @@ def _all_gather_matmul(
 ) -> None:
     ranks = resolve(OP, "group", group)
     size = dist.get_world_size(ranks)
-    results = output.view(size, -1, output.shape[1])
-    kept = None if comm_output is None else comm_output.view(size, -1, input1.shape[1])
-    for rows, gathered in _gathered_chunks(input1, ranks, _slices(input1.shape[0], chunks)):
-        results[:, rows] = (gathered.flatten(0, 1) @ weight).view(size, -1, output.shape[1])
+    part, inner = input1.shape
+    results = output.view(size, part, output.shape[1])
+    kept = None if comm_output is None else comm_output.view(size, part, inner)
+    for rows, gathered in _gathered_chunks(input1, ranks, _slices(part, chunks)):
+        results[:, rows] = (gathered.flatten(0, 1) @ weight).view_as(results[:, rows])
         if kept is not None:
             kept[:, rows] = gathered
 
@@ -75,7 +76,7 @@ def _matmul_reduce_scatter(input1: Tensor, weight: Tensor, output: Tensor, group
     """A chunk takes the same rows of every rank's part."""
     ranks = resolve(OP, "group", group)
     size = dist.get_world_size(ranks)
-    parts = input1.reshape(size, -1, input1.shape[1])
+    parts = input1.reshape(size, input1.shape[0] // size, input1.shape[1])
     pending = []
     for rows in _slices(output.shape[0], chunks):
         product = parts[:, rows].flatten(0, 1) @ weight

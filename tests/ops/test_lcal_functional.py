@@ -124,6 +124,23 @@ def test_configuration_and_errors(world):
         coc.pure_matmul(x.requires_grad_(), square, torch.empty(4, 4))
 
 
+@ranks(2)
+def test_empty_sizes(world):
+    coc, w = CoCOperations(world.group, 4), world.size
+    for m, k, n in ((0, 3, 2), (4, 0, 2), (4, 3, 0)):
+        x, weight = draw(m, k), draw(k, n)
+        results = [
+            coc.pure_matmul(x, weight, torch.empty(m, n)),
+            coc.matmul_all_reduce(x, weight, torch.empty(m, n)),
+            coc.all_gather_matmul(x, weight, torch.empty(m * w, n)),
+            coc.all_gather_matmul_v2(x, weight, torch.empty(m * w, n), torch.empty(m * w, k))[0],
+            coc.matmul_reduce_scatter(x, weight, torch.empty(m // w, n)),
+            coc.all_gather_matmul_reduce_scatter(x, weight, torch.empty(m * w, n), TP2DConfig(w, 1)),
+        ]
+        for result in results:
+            assert k > 0 or torch.equal(result, torch.zeros_like(result))
+
+
 def test_the_ready_made_object_has_no_group():
     assert coc_ops.group is None
 
