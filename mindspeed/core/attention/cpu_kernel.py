@@ -2,7 +2,8 @@
 
 Facts that this file guards against (torch 2.7 to 2.13): an empty query or key range kills the process
 (the dispatcher never passes one); a fully masked row gets a log-sum-exp of 0 instead of -inf; boolean masks are
-refused; dropout and a value head size other than the query's are refused.
+refused; dropout and a value head size other than the query's are refused; the last dimension is read as if its
+stride were 1, whatever it is.
 """
 
 from __future__ import annotations
@@ -66,8 +67,7 @@ class CpuKernel:
         key_dim, value_dim = k.shape[-1], v.shape[-1]
         lse = torch.where(torch.isinf(lse), torch.zeros_like(lse), lse)
         q, k, v = _equal_head_sizes(q, k, v)
-        missing = q.shape[-1] - value_dim
-        grad_out, out = (F.pad(tensor.to(q.dtype), (0, missing)) for tensor in (grad_out, out))
+        grad_out, out = (_widened(tensor.to(q.dtype), q.shape[-1]) for tensor in (grad_out, out))
         if scoring.is_plain:
             dq, dk, dv = _backward(
                 grad_out, q, k, v, out, lse, 0.0, scoring.visible.is_causal, attn_mask=None, scale=scoring.scale
@@ -150,9 +150,16 @@ def _forward_call(q: Tensor, k: Tensor, v: Tensor, call: _Call, scale: float) ->
 
 
 def _equal_head_sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Zero-pad the narrower head size; exact, because padded columns add nothing to scores or output."""
+    """Widen the narrower head size; exact, because padded columns add nothing to scores or output."""
     size = max(q.shape[-1], v.shape[-1])
-    return tuple(F.pad(tensor, (0, size - tensor.shape[-1])) if tensor.shape[-1] < size else tensor for tensor in (q, k, v))  # type: ignore[return-value]
+    return _widened(q, size), _widened(k, size), _widened(v, size)
+
+
+def _widened(tensor: Tensor, size: int) -> Tensor:
+    """Heads of `size`, padded with zeros, next to each other in memory: the kernel does not look at that stride."""
+    if tensor.shape[-1] < size:
+        return F.pad(tensor, (0, size - tensor.shape[-1]))
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _trimmed(out: Tensor, size: int) -> Tensor:
