@@ -65,9 +65,10 @@ def eager(monkeypatch):
 @pytest.mark.parametrize("name", PATTERNS)
 def test_functions_of_positions_mean_the_pattern(eager, name, layout):
     given = arguments(name)
-    q, k, v = operands(layout)
-    out, top, total = fusion_attention.forward(q, k, v, *vars(as_options(layout, **given)).values())
-    truth, truth_top, truth_total, *_ = npu_fusion_attention(q, k, v, 4, layout, scale=0.3, **given)
+    q, k, v = (t.requires_grad_() for t in operands(layout))  # as inside of the operator's own Function
+    with torch.no_grad():
+        out, top, total = fusion_attention.forward(q, k, v, *as_options(layout, **given))
+    truth, truth_top, truth_total, *_ = npu_fusion_attention(q.detach(), k.detach(), v.detach(), 4, layout, scale=0.3, **given)
     torch.testing.assert_close(out, truth, rtol=1e-4, atol=1e-5)
     assert out.is_contiguous() and top.shape == truth_top.shape
     torch.testing.assert_close(top + total.log(), truth_top + truth_total.log(), rtol=1e-4, atol=1e-5)
@@ -104,7 +105,7 @@ def test_a_compiler_that_fails_is_said_once_and_the_next_kernel_takes_over(eager
 
     fusion_attention.COMPILER.__dict__["compiled"] = failing
     given, (q, k, v) = arguments("prefix"), operands("BSND")
-    values = tuple(vars(as_options("BSND", **given)).values())
+    values = tuple(as_options("BSND", **given))
     stand = next(standing := stand_in(monkeypatch))
     with caplog.at_level(logging.WARNING):
         out = fusion_attention.forward(q, k, v, *values)[0]
@@ -120,8 +121,8 @@ def test_the_body_serves_what_the_choice_gives_it(monkeypatch):
     q = torch.empty(2, side, 4, 64, dtype=torch.bfloat16, device="meta")
     slopes = as_options("BSND", pse=torch.empty(4, device="meta"), pse_type=2)
     assert select(q, q, q, slopes, Machine((9, 0), True), flex=True).kernel == "flex"
-    assert fusion_attention._declines(q, q, q, *vars(slopes).values()) is None
-    assert "expresses what is hidden" in fusion_attention._declines(q, q, q, *vars(as_options("BSND")).values())
+    assert fusion_attention._declines(q, q, q, *slopes) is None
+    assert "expresses what is hidden" in fusion_attention._declines(q, q, q, *as_options("BSND"))
 
 
 @pytest.mark.cuda

@@ -44,7 +44,8 @@ class Compiler:
         """`attend` with the compiled kernel; None where it cannot be had, which is said once and remembered."""
         errors = torch._dynamo.exc
         try:
-            return attend(q, k, v, options, self.compiled)
+            with torch.no_grad():  # the derivative is the operator's; operands may still say that they want one
+                return attend(q.detach(), k.detach(), v.detach(), options, self.compiled)
         except (errors.TorchDynamoException, errors.FailOnRecompileLimitHit) as error:
             self.failure = str(error).strip().partition("\n")[0]
             logger.warning("fusion_attention: no kernel can be compiled for this pattern any more: %s", self.failure)
@@ -88,7 +89,7 @@ def score_mod(options: Options, q: Tensor) -> Function | None:
     """What is added to a scaled score, from slopes and positions."""
     if options.pse is None:
         return None
-    slopes = options.pse.expand(q.shape[0], q.shape[1])
+    slopes = options.pse.detach().expand(q.shape[0], q.shape[1])
     starts = [values[0] if values else 0 for values in (options.kv_start_idx, options.q_start_idx)]
     shift = torch.tensor(starts[0] - starts[1], device=q.device)  # a tensor: another value compiles nothing anew
     root = options.pse_type == 3
