@@ -10,6 +10,7 @@ from typing import Any
 from mindspeed.errors import DataError, Problem
 from mindspeed.training.flag_table import every_flag
 from mindspeed.training.tokenizers import build_tokenizer, padded_vocab_size
+from mindspeed.training.validation_recompute import recompute_problems
 
 MOCK_VOCABULARY = 4097  # megatron-core's mock documents hold ids up to 4096
 _REQUIRED = {
@@ -251,21 +252,6 @@ def _data_parallel(args: argparse.Namespace) -> Iterator[Problem]:
         )
 
 
-def _recompute(args: argparse.Namespace) -> Iterator[Problem]:
-    granularity, method = args.recompute_granularity, args.recompute_method
-    if granularity == "selective" and method:
-        yield Problem("--recompute-method", method, "belongs to --recompute-granularity full", "remove it")
-    if granularity == "full" and not method:
-        yield Problem("--recompute-granularity", "full", "needs --recompute-method", "give uniform or block")
-    if granularity == "full" and method and args.recompute_num_layers is None:
-        yield Problem("--recompute-method", method, "needs --recompute-num-layers", "give the layers of one unit")
-    if args.distribute_saved_activations and (
-        args.tensor_model_parallel_size == 1 or granularity != "full" or args.sequence_parallel
-    ):
-        rule = "needs full recompute and tensor parallelism without sequence parallelism"
-        yield Problem("--distribute-saved-activations", None, rule, "remove it")
-
-
 def _experts(args: argparse.Namespace) -> Iterator[Problem]:
     size = args.expert_model_parallel_size
     if size > 1 and args.num_experts is None:
@@ -393,6 +379,6 @@ def _positions(args: argparse.Namespace) -> Iterator[Problem]:
 
 Rule = Callable[[argparse.Namespace], Iterator[Problem]]
 _FIRST: tuple[Rule, ...] = (
-    _required, _durations, _warm_up, _weight_decay, _precision, _world, _data_parallel, _recompute, _sources, _tokenizer, _checkpoint, _positions, _profile,
+    _required, _durations, _warm_up, _weight_decay, _precision, _world, _data_parallel, recompute_problems, _sources, _tokenizer, _checkpoint, _positions, _profile,
 )  # fmt: skip
 _SECOND: tuple[Rule, ...] = (_model_shape, _sequence, _batches, _pipeline, _experts)

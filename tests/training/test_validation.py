@@ -54,6 +54,11 @@ CASES = [
     ("--overlap-param-gather --use-distributed-optimizer", 1, "--overlap-param-gather: needs --overlap-grad-reduce"),
     ("--fp16 --bf16", 1, "--fp16: cannot stand beside --bf16"),
     ("--recompute-granularity full", 1, "--recompute-granularity full: needs --recompute-method"),
+    (
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 3",
+        1,
+        "--recompute-num-layers 3: must divide the",
+    ),
     ("--recompute-granularity selective --recompute-method block", 1, "--recompute-method block: belongs to"),
     ("--expert-model-parallel-size 2", 2, "--expert-model-parallel-size 2: needs --num-experts"),
     (
