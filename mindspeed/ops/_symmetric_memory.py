@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import socket
 
 import torch
@@ -44,9 +46,16 @@ def _gpu(index: int) -> str:
     return str(torch.cuda.get_device_properties(index).uuid)
 
 
+def _missing() -> list[str]:
+    """The operators that this torch lacks; importing the module defines them, which nothing else in torch does."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torch.distributed._symmetric_memory")
+    return [name for name in OPERATORS if not hasattr(torch.ops.symm_mem, name)]
+
+
 def _obstacle_here(places: list[tuple[str, str]]) -> str | None:
     """Why this rank cannot reach all of these places, or None."""
-    if missing := [name for name in OPERATORS if not hasattr(torch.ops.symm_mem, name)]:
+    if missing := _missing():
         return f"this torch has no symm_mem::{missing[0]}"
     if len({host for host, _ in places}) > 1:
         return "the ranks of the group are on several hosts"

@@ -1,5 +1,7 @@
 """Products joined with a collective: values for any number of ranks and chunks, dispatch, and who may share GPU memory."""
 
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -240,6 +242,13 @@ def test_who_may_share_memory(places, access, expected):
     ):
         reason = _symmetric_memory._obstacle_here(places)
     assert reason is None if expected is None else expected in reason
+
+
+def test_the_operators_of_torch_are_found_without_help():
+    """They exist only once their module is imported, which neither torch nor a process group does."""
+    code = "from mindspeed.ops import _symmetric_memory as own; print(own._missing())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
 
 
 def test_a_torch_without_the_operators_is_named():
