@@ -20,6 +20,7 @@ gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cu
 "$python" -c 'import triton, pytest, mindspeed' 2>/dev/null || refuse "triton, pytest or mindspeed is missing; pip install -e '.[cuda,train,test]'"
 
 mkdir -p "$out"
+rm -f "$out/summary.json" "$out/tests.xml" "$out/benchmarks.json" # a part that dies must not leave an older run's results as its own
 export TRITON_DEFAULT_FP_FUSION=1 # unset, Triton 3.9 warns that 3.10 changes the default
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export CUBLAS_WORKSPACE_CONFIG=:4096:8 # operator tests ask for deterministic algorithms, under which cuBLAS refuses to run without it

@@ -79,6 +79,28 @@ def test_summary_says_when_the_device_is_not_what_it_should_be(tmp_path, gpu, co
     assert "  aim" not in result.stdout
 
 
+STAND_IN = """#!/bin/sh
+case "$1" in
+  -c) echo "Some GPU" ;;
+  scripts/_gpu_summary.py) exec {} "$@" ;;
+  *) exit 139 ;;
+esac
+"""
+
+
+def test_parts_that_die_do_not_show_the_results_of_an_older_run(tmp_path):
+    (tmp_path / "tests.xml").write_text(JUNIT.format(""))
+    (tmp_path / "benchmarks.json").write_text(json.dumps({"cases": [{"id": "a", "verdict": "aim"}]}))
+    python = tmp_path / "python"
+    python.write_text(STAND_IN.format(sys.executable))
+    python.chmod(0o755)
+    command = ["bash", str(ROOT / "scripts" / "gpu_check.sh"), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHON": str(python)})
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert result.returncode == 2
+    assert (summary["tests"]["passed"], summary["benchmarks"]["cases"]) == (0, [])
+
+
 ROWS = {
     "norms": ("rms_norm.{way}.4096", "rms_norm.{way}.8192", "rms_norm.{way}.fp32_weight", "layer_norm.{way}.8192"),
     "add-norms": ("add_rms_norm.{way}.4096", "add_rms_norm.{way}.8192", "dropout_add_rms_norm.{way}.8192"),
