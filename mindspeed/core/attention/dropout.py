@@ -54,8 +54,8 @@ class Dropout:
 
         Row keys and column keys are hashed in 64 bits and their sum in 32, all in integers: every device gets the same mask.
         """
-        whole = torch.tensor(self.seed if self.whole is None else self.whole, dtype=torch.int64)
-        samples, heads_ = (torch.arange(first, first + count) for first, count in ((self.sample, batch), (self.head, heads)))
+        whole = torch.tensor(self.seed if self.whole is None else self.whole, dtype=torch.int64, device="cpu")
+        samples, heads_ = _from(self.sample, batch), _from(self.head, heads)
         origin = _hash(_hash(_hash(whole) ^ samples[:, None]) ^ heads_)[..., None]
         row = _high_half(_hash(origin ^ 2 * _places(self.queries, rows))).to(like.device)
         column = _high_half(_hash(origin ^ 2 * _places(self.keys, keys) + 1)).to(like.device)
@@ -73,8 +73,13 @@ class Dropout:
 def _places(positions: Tensor | None, part: range) -> Tensor:
     """int64 positions of a part of the tile's rows or keys, in host memory."""
     if positions is None:
-        return torch.arange(part.start, part.stop)
+        return _from(part.start, len(part))
     return positions[part.start : part.stop].cpu()
+
+
+def _from(first: int, count: int) -> Tensor:
+    """Consecutive int64 numbers in host memory, whatever the default device is."""
+    return torch.arange(first, first + count, device="cpu")
 
 
 def _hash(value: Tensor) -> Tensor:

@@ -108,6 +108,14 @@ def test_masks_look_random():
     assert (first != second).any() and (Dropout(0.0, 5).multipliers(1, 1, range(9), range(9), noise) == 1).all()
 
 
+@pytest.mark.parametrize("places", [None, torch.arange(5)], ids=["counted", "given"])
+def test_mask_does_not_depend_on_the_default_device(places):
+    drop, like = Dropout(0.3, 7, queries=places, keys=places), torch.empty(0)
+    expected = drop.multipliers(1, 2, range(1, 4), range(5), like)
+    with torch.device("meta"):
+        torch.testing.assert_close(drop.multipliers(1, 2, range(1, 4), range(5), like), expected)
+
+
 @pytest.mark.parametrize("max_scores", [1, 64, 1 << 22])
 def test_mask_does_not_depend_on_chunks(max_scores):
     q, k, v, _ = (tensor.detach() for tensor in draw(S))
