@@ -133,8 +133,11 @@ def _blocked(x: Tensor, cos: Tensor, sin: Tensor, mode: int) -> Tensor:
     shape = [*x.shape[:dim], step, *x.shape[dim + 1 : 3], size]
     x_buffer, y_buffer = (torch.empty(shape, dtype=wide) for _ in range(2))
     first, second = _pair(mode, size)
-    tables = (value.to(wide).expand(*value.shape[:dim], x.shape[dim], *value.shape[dim + 1 :]) for value in (cos, sin))
-    for source, result, cosine, sine in zip(*(value.split(step, dim) for value in (head, target, *tables)), strict=True):
+    pieces = [(head, target, cos.to(wide), sin.to(wide))]
+    if step < x.shape[dim]:  # cutting costs more than the arithmetic of a small tensor
+        long = (value.expand(*value.shape[:dim], x.shape[dim], *value.shape[dim + 1 :]) for value in pieces[0])
+        pieces = zip(*(value.split(step, dim) for value in long), strict=True)
+    for source, result, cosine, sine in pieces:
         n = source.shape[dim]
         source = source if source.dtype == wide else x_buffer.narrow(dim, 0, n).copy_(source)
         out = torch.mul(source, cosine, out=result if result.dtype == wide else y_buffer.narrow(dim, 0, n))

@@ -52,8 +52,10 @@ def test_values_and_gradients(shape, table, dtype, mode, body):
             assert_operator_accurate(run, textbook(mode), x, cos, sin.requires_grad_())
 
 
-def test_many_blocks_equal_one():
-    x, table = torch.randn(3000, 2, 4, 32), torch.randn(3000, 1, 1, 32)
+@pytest.mark.parametrize("positions", [3000, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_blocks_equal_one(positions, dtype):
+    x, table = torch.randn(3000, 2, 4, 32).to(dtype), torch.randn(positions, 1, 1, 32).to(dtype)
     with backends("rotary=ref"):
         expected = rotary(x, table, table)
     torch.testing.assert_close(rotary(x, table, table), expected)
