@@ -15,8 +15,7 @@ from torch import Tensor
 from mindspeed.core.attention.contract import Scoring, Visibility
 from mindspeed.core.attention.math_kernel import masked_parts
 from mindspeed.ops import _aten_attention as aten
-
-DTYPES = (*aten.HALF, torch.float32)
+from mindspeed.ops._attention_choice import EFFICIENT_CAPABILITY
 
 
 class FlashKernel:
@@ -58,8 +57,13 @@ class EfficientKernel:
     name = "cuda-efficient"
 
     def declines(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> str:
-        """Dtype alone."""
-        return "" if q.dtype in DTYPES else f"memory-efficient attention has no {q.dtype}"
+        """Dtype, and what the device must have for it."""
+        if q.dtype not in EFFICIENT_CAPABILITY:
+            return f"memory-efficient attention has no {q.dtype}"
+        needed = EFFICIENT_CAPABILITY[q.dtype]
+        if torch.cuda.get_device_capability(q.device) < needed:
+            return f"memory-efficient attention in {q.dtype} needs compute capability {needed[0]}.{needed[1]}"
+        return ""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor, Any]:
         """See the contract."""

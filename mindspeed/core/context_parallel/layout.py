@@ -128,7 +128,7 @@ def tiles_between(queries: Segments, keys: Segments, rule: Rule, join: bool) -> 
 
 def positions_of(segments: Segments) -> Tensor:
     """Global positions [tokens], int64, of segments in order."""
-    return torch.cat([torch.arange(segment.start, segment.stop) for segment in segments])
+    return torch.cat([torch.arange(segment.start, segment.stop, device="cpu") for segment in segments])
 
 
 def take(tensor: Tensor, index: Tensor, dim: int) -> Tensor:

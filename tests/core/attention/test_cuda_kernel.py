@@ -104,6 +104,8 @@ def test_declined_calls_name_their_reason(stand, monkeypatch):
     assert "beside" in kernel.declines(*inputs(4, 8, dtype=BF16), Scoring(0.3, CAUSAL))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     assert "8.0" in kernel.declines(*inputs(4, 4, dtype=BF16), scoring)
+    assert "8.0" in EfficientKernel().declines(*inputs(4, 4, dtype=BF16), scoring)
+    assert not EfficientKernel().declines(*inputs(4, 4), scoring)
     assert "float64" in EfficientKernel().declines(*inputs(4, 4, dtype=torch.float64), scoring)
 
 
