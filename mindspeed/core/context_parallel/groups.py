@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch import Tensor
@@ -114,6 +114,30 @@ class Active:
 ACTIVE = Active()
 
 
+class Compared:
+    """What the ranks of each group have compared; a group that is destroyed is forgotten, with its threads and sockets."""
+
+    MOST = 256  # forms per group; beyond, all its ranks start anew at the same call
+
+    def __init__(self) -> None:
+        self._forms: WeakKeyDictionary[ProcessGroup, set[Held]] = WeakKeyDictionary()
+
+    def of(self, group: ProcessGroup) -> set[Held]:
+        """Forms that this group's ranks hold alike."""
+        return self._forms.setdefault(group, set())
+
+    def add(self, group: ProcessGroup, form: Held) -> None:
+        """Remember one more."""
+        forms = self.of(group)
+        if len(forms) >= self.MOST:
+            forms.clear()
+        forms.add(form)
+
+
+Held = tuple[tuple[str, str, tuple[int, ...]], ...]  # (name, dtype, shape or numbers) of each
+COMPARED = Compared()
+
+
 def check_alike(group: ProcessGroup, **held: Tensor | tuple[int, ...]) -> None:
     """Compare what the ranks of a group hold when it is seen for the first time, so that none waits for ever.
 
@@ -127,7 +151,10 @@ def check_alike(group: ProcessGroup, **held: Tensor | tuple[int, ...]) -> None:
         ValueError: ranks hold different shapes.
         RuntimeError: the others did not come to compare.
     """
-    _check_once(group, tuple((name, *_form(value)) for name, value in held.items()))
+    form = tuple((name, *_form(value)) for name, value in held.items())
+    if form not in COMPARED.of(group):
+        _compare(group, form)
+        COMPARED.add(group, form)
 
 
 def _form(value: Tensor | tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
@@ -136,8 +163,7 @@ def _form(value: Tensor | tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
     return "", value
 
 
-@functools.lru_cache(maxsize=256)
-def _check_once(group: ProcessGroup, held: tuple[tuple[str, str, tuple[int, ...]], ...]) -> None:
+def _compare(group: ProcessGroup, held: Held) -> None:
     names = " and ".join(", ".join(name for name, *_ in held).rsplit(", ", 1))
     told: list[str] = [""] * dist.get_world_size(group)
     mine = ", ".join(f"{name} {numbers} {dtype}".rstrip() for name, dtype, numbers in held)

@@ -1,5 +1,7 @@
 """The ring as a function for programs with groups of their own, unequal blocks, buffers in flight, and disagreement."""
 
+import gc
+import weakref
 from contextlib import contextmanager
 from datetime import timedelta
 from types import SimpleNamespace
@@ -128,6 +130,18 @@ def test_ranks_that_disagree_on_the_length_get_an_error(world):
     q, shapes = torch.randn(6, 1, 8), ([6, 6], [7, 6])[world.rank]
     with pytest.raises(ValueError, match=r"rank 0: shapes \(6, 6\).*rank 1: shapes \(7, 6\)"):
         ringattn_context_parallel(q, q, q, 2, parameters(world), shapes=shapes)
+
+
+@ranks(2)
+def test_a_destroyed_group_is_not_kept_by_what_was_compared_in_it(world):
+    """Its threads and sockets would stay with it."""
+    group, q = dist.new_group([0, 1]), torch.randn(8, 1, 8)
+    watched = weakref.ref(group)
+    ringattn_context_parallel(q, q, q, 2, parameters(world) | {"cp_group": group})
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    assert watched() is None
 
 
 @ranks(2)
