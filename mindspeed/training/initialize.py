@@ -74,6 +74,8 @@ def _validate(args: argparse.Namespace, active: list[activation.Active], feature
 
     with activation.overridden(args, active):
         wrong = validation.out_of_range(args)
+        if not validation.has_ranks(args):
+            raise ConfigError(wrong)
         changes = derive.derive(args)
         problems = validation.problems(args, wrong)
     if problems and not validation.is_complete(args):

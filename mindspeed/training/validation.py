@@ -29,6 +29,13 @@ def out_of_range(args: argparse.Namespace) -> list[Problem]:
     return [problem for flag in every_flag() for problem in flag.problems(getattr(args, flag.dest))]
 
 
+def has_ranks(args: argparse.Namespace) -> bool:
+    """Whether every parallel size is one that derived values and rules can divide by."""
+    kinds = ("tensor_model", "pipeline_model", "context", "expert_model", "expert_tensor")
+    sizes = (getattr(args, f"{kind}_parallel_size") for kind in kinds)
+    return all(size is None or size >= 1 for size in sizes)
+
+
 def problems(args: argparse.Namespace, found: Iterable[Problem] = ()) -> list[Problem]:
     """Everything that is wrong with derived arguments (see `mindspeed.training.derive`), after what was `found`."""
     all_found = [*found, *(problem for rule in _FIRST for problem in rule(args))]

@@ -17,6 +17,8 @@ def recompute_problems(args: argparse.Namespace) -> Iterator[Problem]:
         yield Problem("--recompute-granularity", "full", "needs --recompute-method", "give uniform or block")
     if granularity == "full" and method and args.recompute_num_layers is None:
         yield Problem("--recompute-method", method, "needs --recompute-num-layers", "give the layers of one unit")
+    if method == "uniform" and args.recompute_num_layers == 0:  # megatron-core would step through the layers for ever
+        yield Problem("--recompute-num-layers", 0, "is no unit for --recompute-method uniform", "use 1 or more")
     if args.distribute_saved_activations and (
         args.tensor_model_parallel_size == 1 or granularity != "full" or args.sequence_parallel
     ):

@@ -59,6 +59,11 @@ CASES = [
         1,
         "--recompute-num-layers 3: must divide the",
     ),
+    (
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 0",
+        1,
+        "--recompute-num-layers 0: is no unit for --recompute-method uniform. Use 1 or more",
+    ),
     ("--recompute-granularity selective --recompute-method block", 1, "--recompute-method block: belongs to"),
     ("--expert-model-parallel-size 2", 2, "--expert-model-parallel-size 2: needs --num-experts"),
     (
@@ -176,3 +181,9 @@ def test_a_bare_assertion_of_the_model_configuration_is_quoted(monkeypatch, tmp_
     monkeypatch.setattr("mindspeed.training.arguments.core_transformer_config_from_args", refuse)
     with pytest.raises(ConfigError, match="model configuration: .* megatron-core demands: experts % 2 == 0"):
         check_config(parse_args(argv=TINY.split()))
+
+
+@pytest.mark.parametrize("kind", ["tensor-model", "pipeline-model", "context", "expert-model", "expert-tensor"])
+def test_a_parallel_size_of_zero_is_refused_before_anything_is_divided_by_it(kind):
+    with pytest.raises(ConfigError, match=f"--{kind}-parallel-size 0: must be at least 1"):
+        settle_arguments(argv=f"{TINY} --{kind}-parallel-size 0".split())
