@@ -66,6 +66,8 @@ class Dropout:
             mixed ^= mixed >> shift
             mixed *= factor
         mixed ^= mixed >> 16
+        if self.probability >= 1:
+            return torch.zeros_like(mixed, dtype=like.dtype)
         kept = mixed >= min(int(self.probability * _RANGE), _RANGE - 1)
         return kept.to(like.dtype).div_(1.0 - self.probability)
 

@@ -105,7 +105,12 @@ def test_masks_look_random():
     }
     for name, product in products.items():
         assert abs(product.sum().item()) < 4.5 * product.numel() ** 0.5, name
-    assert (first != second).any() and (Dropout(0.0, 5).multipliers(1, 1, range(9), range(9), noise) == 1).all()
+    assert (first != second).any()
+
+
+@pytest.mark.parametrize(("p", "every"), [(0.0, 1.0), (1.0, 0.0)])
+def test_all_or_nothing(p, every):
+    assert (Dropout(p, 5).multipliers(1, 1, range(9), range(9), torch.empty(0)) == every).all()
 
 
 @pytest.mark.parametrize("places", [None, torch.arange(5)], ids=["counted", "given"])
