@@ -86,6 +86,7 @@ DIFFERENT = [
 ROWS = [*SAME, PIPELINED, *(Row(row.on, row.off, row.world, same=False) for row in DIFFERENT)]
 ELSEWHERE = {"--adaptive-cp-manually-set-mask-list"}
 """It needs a program that gives the masks: tests/core/context_parallel/test_adaptive.py."""
+IGNORED = "--shape-order"  # of old scripts; said once, whatever is on
 
 
 def test_every_flag_is_tried():
@@ -115,6 +116,9 @@ def test_run_with_and_without(host, row, tmp_path):
         for flags, world in ((row.on, row.world), (row.off, row.world_off))
     )
     print(f"{row.on}: {on.losses}, without: {off.losses}")
+    given = set(row.on.split()) - set(row.off.split()) - {IGNORED}
+    owners = {feature.name for feature in all_features() if given & {spec.option for spec in feature.specs}}
+    assert owners <= on.features, f"{sorted(owners - on.features)} stayed off"
     assert len(on.losses) == len(off.losses) == 3
     pairs = zip(on.losses + on.grad_norms, off.losses + off.grad_norms, strict=True)
     assert all(math.isclose(a, b, rel_tol=1e-5) for a, b in pairs) == row.same
