@@ -89,12 +89,13 @@ class FlashAttention(Feature):
         """A mask that was set before the run would be dropped, and so would a band."""
         if STORE.is_set:
             yield Problem("set_attention_mask", None, NO_MASKS, "add the flag, or reset the mask with None")
+        remedy = f"add --use-flash-attn at --optimization-level {self.level}, or remove it"
         if flags.sparse_mode in (1, 4):
-            yield Problem("--sparse-mode", flags.sparse_mode, "needs flash attention", "add --use-flash-attn or remove it")
+            yield Problem("--sparse-mode", flags.sparse_mode, "needs flash attention", remedy)
         elif flags.sparse_mode == 0:
             for spec in flag_specs(FlashFlags)[:2]:
                 if (value := getattr(flags, spec.dest)) != spec.default:
-                    yield Problem(spec.option, value, "needs flash attention", "add --use-flash-attn or remove it")
+                    yield Problem(spec.option, value, "needs flash attention", remedy)
 
     def patches(self, flags: FlashFlags, host: Any) -> Iterator[Patch]:
         """Core attention, batches, rotary tables, recomputation."""
