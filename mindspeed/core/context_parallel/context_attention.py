@@ -22,7 +22,7 @@ from mindspeed.core.context_parallel.gathered_attention import (
     sequence_first,
 )
 from mindspeed.core.context_parallel.groups import ContextGroups, check_alike
-from mindspeed.core.context_parallel.layout import SequenceLayout
+from mindspeed.core.context_parallel.layout import SequenceLayout, positions_of
 from mindspeed.core.context_parallel.placement import Segments
 from mindspeed.core.context_parallel.plan import GATHER, ContextPlan
 from mindspeed.core.context_parallel.ring_attention import RingContext, ring_attention
@@ -171,7 +171,7 @@ def _with_gathered_sequence(
     group = groups.cp
     assert group is not None
     rank, batch = dist.get_rank(group), q.shape[1]
-    order = torch.cat([layout.index(other) for other in range(layout.ranks)]).argsort().to(q.device)
+    order = torch.cat([positions_of(layout.segments(other)) for other in range(layout.ranks)]).argsort().to(q.device)
     work = plan_between(layout, lambda sample: layout.segments(rank, sample), lambda sample: _chunks(layout), batch, options)
     return gathered_attention(q, k, v, GatheredPlan(SequenceMove(group, order), work, "local"))
 

@@ -34,6 +34,7 @@ class SequenceLayout:
         sizes: tokens of each ring rank, when blocks are contiguous and unequal.
         order: positions [S] in the order of devices, when tokens are remapped; then there are no segments.
         rounds: schedule of tiles that belongs to the order.
+        planned_by_rule: order, rounds and mask come from `past` and `future`; nobody set a mask.
         tile_masks: (row, column) -> bool [s, s] of this rank's tiles, True where hidden, None where all is visible; when
             the user gives these instead of a whole mask.
         custom_mask: boolean [S, S] or [1 or B, 1, S, S], True where hidden; replaces all other rules.
@@ -50,6 +51,7 @@ class SequenceLayout:
     cuts: Boundaries | None = None
     sizes: tuple[int, ...] | None = None
     rounds: tuple[Any, ...] | None = None
+    planned_by_rule: bool = False
     order: Tensor | None = field(default=None, compare=False)
     tile_masks: Mapping[tuple[int, int], Tensor | None] | None = field(default=None, compare=False)
     custom_mask: Tensor | None = field(default=None, compare=False)

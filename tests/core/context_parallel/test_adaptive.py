@@ -29,11 +29,13 @@ from mindspeed.core.context_parallel.utils import (
     set_adaptive_cp_mask_list_by_user,
 )
 from mindspeed.core.context_parallel.work import AttentionOptions, MaskBias, Work
+from mindspeed.core.transformer.flash_attention.feature import FlashFlags
 from mindspeed.core.transformer.flash_attention.generate_mask.generate_mask import set_attention_mask
 from mindspeed.patching import RunShape
 from mindspeed.testing import ranks
 from mindspeed.testing.parity import assert_same_training
 from tests.core.context_parallel.dense import assert_near, assert_parity, dense, draw
+from tests.core.transformer.attention_of_a_run import layer, run_of
 from tests.training.runs import TINY, assert_same_digits, seed_checkpoint, train
 
 
@@ -291,6 +293,20 @@ def test_masks_that_change_in_place_are_planned_anew_when_dynamic():
     assert torch.equal(after[0], before[0])
     assert torch.equal(before[1], torch.arange(S)) and torch.equal(after[1], best_order(MASKS["streams"], 4))
     assert not torch.equal(after[1], torch.arange(S))
+
+
+def test_what_a_plan_for_causal_layers_would_drop_is_refused():
+    arguments = dict(context_parallel_algo="adaptive_cp_algo", context_parallel_size=2)
+    inputs = [torch.randn(8, 1, 4, 4) for _ in range(3)]
+    hidden = torch.rand(1, 1, 16, 16) < 0.5
+    for mask_type in ("causal", "general"):
+        run = run_of(**arguments, attention_mask_type=mask_type)
+        with pytest.raises(ValueError, match="attention_mask: .*adaptive_cp_algo.* give it to set_attention_mask"):
+            run.attention(layer(), *inputs, hidden)
+    with pytest.raises(ValueError, match="--sparse-mode 1 needs a mask: call set_attention_mask"):
+        run_of(FlashFlags(sparse_mode=1), **arguments).attention(layer(), *inputs, None)
+    with pytest.raises(ValueError, match="a layer of type no_mask without one sees everything"):
+        run_of(**arguments, attention_mask_type="general").attention(layer("no_mask"), *inputs, None)
 
 
 @pytest.fixture(scope="module")

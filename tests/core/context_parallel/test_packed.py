@@ -8,7 +8,7 @@ import torch
 from mindspeed.core.context_parallel.layout import SequenceLayout
 from mindspeed.core.context_parallel.maker import LayoutMaker
 from mindspeed.core.context_parallel.packed import packed_layout, positions_in_sequences
-from mindspeed.core.context_parallel.plan import HYBRID, RING, ULYSSES, ContextPlan
+from mindspeed.core.context_parallel.plan import ADAPTIVE, GATHER, HYBRID, RING, ULYSSES, ContextPlan
 from mindspeed.core.transformer.flash_attention.generate_mask.generate_mask import set_attention_mask
 from mindspeed.testing import ranks
 from tests.core.context_parallel.dense import assert_parity
@@ -82,7 +82,7 @@ def test_two_ranks(world):
 
 @ranks(4)
 def test_four_ranks(world):
-    for algorithm in (RING, ULYSSES, HYBRID):
+    for algorithm in (RING, ULYSSES, HYBRID, GATHER):
         assert_packed(algorithm, world)
 
 
@@ -127,3 +127,12 @@ def test_a_mask_beside_packed_sequences_is_refused():
             run_of().attention(layer(), *(torch.randn(16, 4, 4) for _ in range(3)), None, packed=packed([0, 16]))
     finally:
         set_attention_mask(None)
+
+
+def test_an_adaptive_algorithm_does_not_keep_sequences_apart_and_says_so():
+    run = run_of(**plan_arguments(ADAPTIVE, 2))
+    inputs = [torch.randn(8, 4, 4) for _ in range(3)]
+    with pytest.raises(
+        ValueError, match="packed_seq_params: --context-parallel-algo adaptive_cp_algo does not keep sequences apart"
+    ):
+        run.attention(layer(), *inputs, None, packed=packed([0, 8, 16]))

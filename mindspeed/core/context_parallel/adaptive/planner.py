@@ -58,7 +58,9 @@ class AdaptivePlanner:
         order = self._agreed(remapped_order(visible, layout.ranks, coarse=self.coarse)) if self.remap else None
         order = torch.arange(layout.length) if order is None else order
         rounds = schedule_tiles(self._grid(visible, order, layout.ring))
-        planned = replace(layout, order=order, rounds=rounds, custom_mask=hidden, tile_masks=self._tile_masks(order, rounds))
+        tiles = self._tile_masks(order, rounds)
+        by_rule = layout.custom_mask is None and tiles is None
+        planned = replace(layout, order=order, rounds=rounds, custom_mask=hidden, tile_masks=tiles, planned_by_rule=by_rule)
         self._known[key] = (layout.custom_mask, planned)
         return planned
 

@@ -20,6 +20,7 @@ from mindspeed.core.context_parallel.groups import ContextGroups
 from mindspeed.core.context_parallel.layout import SequenceLayout
 from mindspeed.core.context_parallel.maker import LayoutMaker
 from mindspeed.core.context_parallel.packed import packed_layout
+from mindspeed.core.context_parallel.plan import RING
 from mindspeed.core.context_parallel.scope import current_layout
 from mindspeed.core.context_parallel.work import AttentionOptions
 from mindspeed.errors import ConfigError, Problem
@@ -98,11 +99,8 @@ class CoreAttention:
         name = (attn_mask_type if attn_mask_type is not None else module.attn_mask_type).name
         if packed is None:  # packed sequences of any type keep to a placement of their own
             self.check_type(name)
-        if layout.rounds is not None and name not in CAUSAL_TYPES and not self.maker.has_mask():
-            raise ValueError(
-                f"--context-parallel-algo {self.maker.plan.algorithm} needs a mask with structure; a layer of type {name} without "
-                "one sees everything: use another algorithm"
-            )
+        if layout.planned_by_rule:
+            self._check_planned(name, attention_mask)
         if layout.custom_mask is not None or layout.tile_masks is not None:
             if layout.custom_mask is not None:
                 _check_mask("set_attention_mask", layout.custom_mask, length, query.shape[1])
@@ -112,10 +110,32 @@ class CoreAttention:
             if self.maker.plan.size > 1 and self.maker.plan.mask_type == "causal":
                 raise ValueError("attention_mask: a mask that is passed to a layer needs --attention-mask-type general")
             return replace(layout, custom_mask=attention_mask)
-        if self.mask_required:
-            raise ValueError("--sparse-mode 1 needs a mask: call set_attention_mask before the step, or use --sparse-mode 0")
+        self._check_required()
         past, future = self.maker.band.limits(name in CAUSAL_TYPES)
         return replace(layout, past=past, future=future)
+
+    def _check_planned(self, name: str, attention_mask: Tensor | None) -> None:
+        """Whether a plan for causal layers is what this layer wants.
+
+        Raises:
+            ValueError: the layer sees more, or other things, than the plan was made for.
+        """
+        algorithm = self.maker.plan.algorithm
+        if name not in CAUSAL_TYPES:
+            raise ValueError(
+                f"--context-parallel-algo {algorithm} needs a mask with structure; a layer of type {name} without one sees "
+                "everything: use another algorithm"
+            )
+        if attention_mask is not None:
+            raise ValueError(
+                f"attention_mask: --context-parallel-algo {algorithm} shares tokens out by the mask before a layer is called; "
+                "give it to set_attention_mask"
+            )
+        self._check_required()
+
+    def _check_required(self) -> None:
+        if self.mask_required:
+            raise ValueError("--sparse-mode 1 needs a mask: call set_attention_mask before the step, or use --sparse-mode 0")
 
     def check_type(self, name: str, attention: str = "self") -> None:
         """Whether layers of this mask type can be shared out as the run says; asked when a layer is built, and at each call.
@@ -142,6 +162,9 @@ class CoreAttention:
             raise ValueError(f"packed_seq_params: expected qkv_format thd, got {packed.qkv_format}")
         if self.maker.has_mask():
             raise ValueError("packed_seq_params: a mask is set with set_attention_mask too; use one of the two")
+        if self.maker.adaptive is not None:
+            rule = f"--context-parallel-algo {self.maker.plan.algorithm} does not keep sequences apart; use {RING}"
+            raise ValueError(f"packed_seq_params: {rule}")
         for suffix in ("", "_padded"):
             queries, keys = (getattr(packed, f"cu_seqlens_{side}{suffix}", None) for side in ("q", "kv"))
             if queries is not None and keys is not None and queries.tolist() != keys.tolist():
