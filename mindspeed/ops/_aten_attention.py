@@ -20,11 +20,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mindspeed.ops._transfer import to_device
 
 HALF = (torch.float16, torch.bfloat16)
 FLASH_CAPABILITY = (8, 0)
@@ -252,9 +255,7 @@ def _sides(window: Window, causal: bool) -> dict[str, int]:
 
 def _packing(lengths: tuple[Sequence[int], Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, int, int]:
     """Cumulative lengths of queries and keys from 0 on, int32, and the longest of each."""
-    ends = (
-        torch.tensor([0, *own], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device, non_blocking=True) for own in lengths
-    )
+    ends = (to_device([0, *itertools.accumulate(own)], device, torch.int32) for own in lengths)
     return *ends, max(lengths[0]), max(lengths[1])  # type: ignore[return-value]
 
 

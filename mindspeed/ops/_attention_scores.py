@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mindspeed.ops._transfer import to_device
+
 LIMIT = 2147483647
 COMPRESSED_ROWS = 1024
 """Rows of a compressed position bias: it holds the last rows, and the rows above repeat its diagonals."""
@@ -46,6 +48,13 @@ class Segment:
     keys: slice
     first: bool  # of the non-empty sequences
     last: bool
+    sequence: int | None = None  # place in a TND batch: which entry of what is given per sequence is its own
+
+    def own(self, values: Tensor) -> Tensor:
+        """The entries [1, ...] of this segment in [B or 1, ...]; all of them where the segment is the whole batch."""
+        if self.sequence is None or values.shape[0] == 1:
+            return values
+        return values[self.sequence : self.sequence + 1]
 
 
 def segments(queries: int, keys: int, options: Options) -> Iterator[Segment]:
@@ -58,7 +67,7 @@ def segments(queries: int, keys: int, options: Options) -> Iterator[Segment]:
     filled = [index for index, (start, end, _, _) in enumerate(bounds) if end > start]
     for index in filled:
         q_start, q_end, k_start, k_end = bounds[index]
-        yield Segment(slice(q_start, q_end), slice(k_start, k_end), index == filled[0], index == filled[-1])
+        yield Segment(slice(q_start, q_end), slice(k_start, k_end), index == filled[0], index == filled[-1], index)
 
 
 def strip(ends: list[int]) -> list[int]:
@@ -103,12 +112,13 @@ def excluded(options: Options, segment: Segment, rows: slice, queries: int, keys
             parts.append(distance < low)
     mode = segment_mode(options, segment)
     if options.atten_mask is not None and mode in (0, 1):
-        mask = options.atten_mask.to(torch.bool)
+        mask = options.atten_mask if options.atten_mask.dim() == 2 else segment.own(options.atten_mask)
+        mask = mask.to(torch.bool)
         parts.append(mask[..., rows, :keys])
     if options.atten_mask is not None and mode in (5, 6):
         position = torch.arange(keys, device=device)
         causal = position - torch.arange(rows.start, rows.stop, device=device).unsqueeze(1) > keys - queries
-        beyond = position >= torch.tensor(options.prefix, device=device).unsqueeze(1)
+        beyond = position >= segment.own(to_device(options.prefix, device)).unsqueeze(1)
         parts.append(causal & beyond[:, None, None, :])
     found = None
     for part in parts:
@@ -128,8 +138,9 @@ def bias(options: Options, segment: Segment, rows: slice, queries: int, keys: in
         i = torch.arange(rows.start, rows.stop, device=pse.device).unsqueeze(1) + starts[0]
         distance = (torch.arange(keys, device=pse.device) + starts[1] - i).abs().to(torch.float32)
         distance = distance.sqrt() if options.pse_type == 3 else distance
-        slopes = pse if pse.dim() == 2 else pse.unsqueeze(0)
+        slopes = segment.own(pse) if pse.dim() == 2 else pse.unsqueeze(0)
         return -slopes[:, :, None, None] * distance
+    pse = segment.own(pse)
     if pse.shape[2] == 1:
         return pse[..., :keys]
     if compressed(pse, queries):

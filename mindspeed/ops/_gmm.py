@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -189,35 +191,83 @@ def _cpu_backward(
     return dx, dweight, dbias
 
 
-def _no_grouped_mm(x: Tensor, weight: Tensor) -> str | None:
+# ---- CUDA: torch's grouped product ---------------------------------------------------------------------------------------------
+#
+# It reads operands through descriptors: addresses and steps between rows are multiples of 16 bytes. The groups cut one dimension
+# of `x` (and of a two-dimensional `weight`), which must not be the contiguous one: a group would start anywhere, which the kernel
+# finds out on the device, and an assertion there ends the use of the device by this process.
+
+MOST_GROUPS = 1023
+_UNIT = 8  # elements of 16 bits in 16 bytes
+
+
+def _no_grouped_mm(x: Tensor, weight: Tensor, groups: int, capability: tuple[int, int]) -> str | None:
     if not hasattr(torch.nn.functional, "grouped_mm"):
         return "this torch has no torch.nn.functional.grouped_mm"
+    if capability[0] not in (9, 10):
+        return "aten's grouped product waits for the host on devices other than those of compute capability 9.x and 10.x"
     if x.dtype != torch.bfloat16:
         return "aten's grouped product takes bfloat16 only"
-    if any(size % 8 for size in (*x.shape[-1:], *weight.shape[-2:])):
-        return "aten's grouped product wants sizes that are multiples of 8"
+    uncut = (x.shape[0], weight.shape[1]) if weight.dim() == 2 else (x.shape[1], *weight.shape[1:])
+    if any(size % _UNIT for size in uncut):
+        return f"aten's grouped product wants sizes that are multiples of {_UNIT}"
     if weight.numel() == 0:
         return "aten's grouped product wants at least one group and column"
-    if not (_rows_are_aligned(x) and _rows_are_aligned(weight)):
-        return "aten's grouped product wants rows or columns that start at multiples of 16 bytes"
+    if groups > MOST_GROUPS:
+        return f"aten's grouped product takes up to {MOST_GROUPS} groups"
     return None
 
 
-def _rows_are_aligned(value: Tensor) -> bool:
-    """Whether rows or columns are contiguous, and all other steps are multiples of 8 elements."""
-    *outer, first, second = value.stride()
-    return min(first, second) == 1 and all(step % 8 == 0 for step in (*outer, max(first, second), value.storage_offset()))
+def is_laid_out(value: Tensor, contiguous_dim: int | None = None) -> bool:
+    """Whether aten's grouped product can read a 16-bit [..., rows, columns] tensor whose last or second last dimension is
+    contiguous; `contiguous_dim` (-1 or -2) says which one it must be.
+    """
+    rows, columns = value.shape[-2:]
+    row_step, column_step = value.stride()[-2:]
+    # in the order in which aten looks: of a single row with both steps 1 it takes the second last dimension
+    if row_step == 1 and column_step >= max(1, rows):
+        found, step = -2, column_step
+    elif column_step == 1 and row_step >= max(1, columns):
+        found, step = -1, row_step
+    else:
+        return False
+    aligned = all(size % _UNIT == 0 for size in (step, *value.stride()[:-2])) and value.data_ptr() % 16 == 0
+    return aligned and contiguous_dim in (None, found)
+
+
+def laid_out(value: Tensor, contiguous_dim: int | None = None) -> Tensor:
+    """The tensor, or a copy of it where `is_laid_out` says no."""
+    if is_laid_out(value, contiguous_dim):
+        return value
+    if contiguous_dim == -2:
+        *lead, rows, columns = value.shape
+        return value.new_empty((*lead, columns, rows)).copy_(value.transpose(-2, -1)).transpose(-2, -1)
+    return value.new_empty(value.shape).copy_(value)
 
 
 def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """`torch.nn.functional.grouped_mm` with the rows after the last group set to zero, which it leaves uninitialised."""
-    y = torch.nn.functional.grouped_mm(x, weight, offs=ends.to(torch.int32))
+    ends = ends.to(torch.int32)
     if weight.dim() == 2:
-        return y
-    return y.masked_fill_((torch.arange(x.shape[0], device=x.device) >= ends[-1:]).unsqueeze(1), 0)
+        return torch.nn.functional.grouped_mm(laid_out(x, -2), laid_out(weight, -1), offs=ends)
+    y = torch.nn.functional.grouped_mm(laid_out(x, -1), laid_out(weight), offs=ends)
+    return _without_rows_after(y, ends)
 
 
-@register_kernel("gmm", "aten", devices=("cuda",), declines=lambda x, weight, *_: _no_grouped_mm(x, weight))
+def _without_rows_after(y: Tensor, ends: Tensor) -> Tensor:
+    """Zero the rows from the last end on, in place; the Triton kernel touches no others."""
+    if y.is_cuda and importlib.util.find_spec("triton") is not None:
+        from mindspeed.ops.kernels.triton._grouped import clear_rows_after
+
+        return clear_rows_after(y, ends)
+    return y.masked_fill_((torch.arange(y.shape[0], device=y.device) >= ends[-1:]).unsqueeze(1), 0)
+
+
+def _declines(x: Tensor, weight: Tensor, bias: Tensor | None, group_list: Tensor, *_: object) -> str | None:
+    return _no_grouped_mm(x, weight, group_list.shape[0], torch.cuda.get_device_capability(x.device))
+
+
+@register_kernel("gmm", "aten", devices=("cuda",), declines=_declines)
 def _grouped_mm(
     x: Tensor, weight: Tensor, bias: Tensor | None, group_list: Tensor, group_type: int, group_list_type: int
 ) -> Tensor:
@@ -231,11 +281,13 @@ def _grouped_mm(
     return (y.to(bias.dtype) + bias[group]).to(x.dtype)
 
 
-def _no_grouped_mm_backward(dy: Tensor, x: Tensor, weight: Tensor, *rest: object) -> str | None:
-    return "the gradient of the bias is wanted" if rest[-1] else _no_grouped_mm(x, weight)
+def _declines_backward(dy: Tensor, x: Tensor, weight: Tensor, group_list: Tensor, *rest: object) -> str | None:
+    if rest[-1]:
+        return "the gradient of the bias is wanted"
+    return _no_grouped_mm(x, weight, group_list.shape[0], torch.cuda.get_device_capability(x.device))
 
 
-@register_kernel("gmm_backward", "aten", devices=("cuda",), declines=_no_grouped_mm_backward)
+@register_kernel("gmm_backward", "aten", devices=("cuda",), declines=_declines_backward)
 def _grouped_mm_backward(
     dy: Tensor,
     x: Tensor,
@@ -246,7 +298,7 @@ def _grouped_mm_backward(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    ends, dy = ends_of(group_list, group_list_type), dy.contiguous()
+    ends, dy = ends_of(group_list, group_list_type), laid_out(dy, -1)
     dx, dweight = x.new_empty(0), x.new_empty(0)
     if need_dx:
         dx = grouped_product(dy, weight.transpose(1, 2), ends)

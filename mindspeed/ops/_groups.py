@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mindspeed.ops import _checks
 from mindspeed.ops._registry import on_host, strict
+from mindspeed.ops._transfer import to_device
 
 ENDS, SIZES = 0, 1
 
@@ -24,10 +25,10 @@ def as_tensor(op: str, name: str, group_list: Sequence[int] | Tensor, x: Tensor,
     if isinstance(group_list, Tensor):
         _checks.tensor(op, name, group_list, (torch.int64,), ndim=1)
         _checks.near(op, name, group_list, x.device)
-        on_device = group_list.to(x.device)
+        on_device = to_device(group_list, x.device)
     else:
         check_integers(op, name, group_list)
-        on_device = torch.tensor(group_list, dtype=torch.int64, device=x.device)
+        on_device = to_device(group_list, x.device)
     if groups is not None:
         _checks.require(op, name, len(group_list) == groups, f"must have one entry per group ({groups})", len(group_list))
     return on_device

@@ -10,6 +10,7 @@ from torch import Tensor
 from mindspeed.ops import _checks
 from mindspeed.ops._blocks import row_blocks
 from mindspeed.ops._registry import define, register_kernel
+from mindspeed.ops._transfer import to_device
 
 OP = "npu_apply_fused_adamw_v2"
 
@@ -78,7 +79,7 @@ def _reference(
     *numbers: float,
 ) -> None:
     options, wide = Options(*numbers), _checks.wide_dtype(param)
-    step = state_step.reshape(()).to(param.device, wide)
+    step = to_device(state_step.reshape(()), param.device, wide)
     g = grad.to(wide)
     g = -g if options.maximize else g
     m, v = exp_avg.to(wide), exp_avg_sq.to(wide)
@@ -115,7 +116,7 @@ def _fused(
 ) -> None:
     """torch's fused kernel; mixed or 16-bit dtypes go through float32 temporaries, a block at a time."""
     options, wide = Options(*numbers), _checks.wide_dtype(param)
-    step = state_step.reshape(()).to(param.device, torch.float32)
+    step = to_device(state_step.reshape(()), param.device, torch.float32)
     states = [param, grad, exp_avg, exp_avg_sq, *([max_exp_avg_sq] if options.amsgrad else [])]
     if all(state.dtype == wide and state.is_contiguous() for state in states):
         _update(step, options, *states)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mindspeed.ops import _checks
 from mindspeed.ops._registry import define, register_kernel
+from mindspeed.ops._transfer import to_device
 
 OP = "npu_apply_fused_ema_adamw"
 
@@ -73,7 +74,7 @@ def _reference(grad: Tensor, var: Tensor, m: Tensor, v: Tensor, s: Tensor, step:
     v.copy_(options.beta2 * v + (1 - options.beta2) * g * g)
     first = second = 1.0
     if options.bias_correction:
-        count = step.reshape(()).to(var.device, var.dtype)
+        count = to_device(step.reshape(()), var.device, var.dtype)
         first, second = 1 - options.beta1**count, 1 - options.beta2**count
     update = (m / first) / ((v / second).sqrt() + options.eps)
     var.sub_(options.lr * (update + options.weight_decay * var * options.mode))
@@ -106,6 +107,6 @@ def _fused(grad: Tensor, var: Tensor, m: Tensor, v: Tensor, s: Tensor, step: Ten
     lr, ema_decay, beta1, beta2, eps, mode, _, weight_decay = Options(*numbers)
     fused = torch._fused_adamw_ if mode == 1 else torch._fused_adam_
     numbers = {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay, "eps": eps}
-    count = step.reshape(()).to(var.device, torch.float32)
+    count = to_device(step.reshape(()), var.device, torch.float32)
     fused([var], [grad], [m], [v], [], [count], **numbers, amsgrad=False, maximize=False)
     s.lerp_(var, 1.0 - ema_decay)

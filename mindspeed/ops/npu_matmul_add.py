@@ -71,9 +71,13 @@ define(
 )
 
 
+WIDE_ADDMM = "2.10"
+"""Earlier versions have `addmm.dtype_out` too, but refuse a float32 tensor to add to (pytorch/pytorch#167931)."""
+
+
 def _no_wide_addmm(total_input: Tensor, grad_output: Tensor, grad: Tensor) -> str | None:
-    if "dtype_out" not in torch.ops.aten.addmm.overloads():
-        return "this torch has no product of 16-bit matrices into float32"
+    if torch.torch_version.TorchVersion(torch.__version__) < WIDE_ADDMM:
+        return f"torch adds products of 16-bit matrices into float32 from {WIDE_ADDMM} on"
     if grad.dtype != torch.float32 or total_input.dtype not in _checks.HALVES:
         return f"cuBLAS adds products of 16-bit matrices into float32, not {total_input.dtype} into {grad.dtype}"
     return None

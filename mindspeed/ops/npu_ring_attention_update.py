@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ from mindspeed.ops._blocks import block_rows, row_blocks, widen
 from mindspeed.ops._groups import ENDS, SIZES, check_integers, host_sizes
 from mindspeed.ops._registry import define, on_host, register_kernel, strict
 from mindspeed.ops._softmax_statistics import block_index, to_blocks, to_tokens
+from mindspeed.ops._transfer import to_device
 
 OP = "npu_ring_attention_update"
 STATISTICS = (torch.float32, torch.float64)
@@ -101,14 +103,14 @@ def _ends(actual_seq_qlen: Tensor | Sequence[int], attn_out: Tensor) -> Tensor:
     if not isinstance(actual_seq_qlen, Tensor):
         check_integers(OP, name, actual_seq_qlen)
         lengths = host_sizes(OP, name, actual_seq_qlen, tokens, SIZES)
-        return torch.tensor([0, *lengths], dtype=torch.int64, device=device).cumsum(0)
+        return to_device([0, *itertools.accumulate(lengths)], device)
     _checks.tensor(OP, name, actual_seq_qlen, (torch.int64,), ndim=1)
     _checks.near(OP, name, actual_seq_qlen, device)
     if on_host(actual_seq_qlen) or strict():
         values = actual_seq_qlen.tolist()
         _checks.require(OP, name, values[:1] == [0], "must hold cumulative ends with a leading 0", values)
         host_sizes(OP, name, values[1:], tokens, ENDS)
-    return actual_seq_qlen.to(device)
+    return to_device(actual_seq_qlen, device)
 
 
 def _check_out(out: Sequence[Tensor], like: Sequence[Tensor]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mindspeed.ops import _checks
 from mindspeed.ops._registry import below_autograd, define, on_host, register_kernel, strict
+from mindspeed.ops._transfer import to_device
 
 OP = "sort_chunks"
 
@@ -27,10 +28,9 @@ def sort_chunks(x: Tensor, split_sizes: Tensor, order: Tensor) -> Tensor:
         _checks.near(OP, name, value, x.device)
     _checks.shape(OP, "order", order, split_sizes.shape)
     readable = on_host(split_sizes) and on_host(order)
-    split_sizes, order = (value.to(x.device, torch.int64) for value in (split_sizes, order))
     if readable or strict():
         _check_values(x, split_sizes.tolist(), order.tolist())
-    return torch.ops.mindspeed.sort_chunks(x, split_sizes, order)
+    return torch.ops.mindspeed.sort_chunks(x, *(to_device(value, x.device, torch.int64) for value in (split_sizes, order)))
 
 
 def _check_values(x: Tensor, sizes: list[int], order: list[int]) -> None:

@@ -218,8 +218,6 @@ def test_body_on_grouped_mm_agrees_with_the_reference(sizes, transposed):
     for value, expected in zip(module._grouped_mm_backward(*arguments), module._reference_backward(*arguments), strict=True):
         torch.testing.assert_close(value, expected)
         assert value.stride() == expected.stride()
-    assert "bfloat16 only" in module._no_grouped_mm(x.float(), weight.float())
-    assert "multiples of 8" in module._no_grouped_mm(x[:, :6], weight)
 
 
 @pytest.mark.parametrize(

@@ -98,3 +98,15 @@ def test_accumulation_into_16_bit_rounds_once():
     expected = (grad.double() + dy.double().t() @ x.double()).half()
     npu_matmul_add_fp16(x, dy, grad)
     torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-3)
+
+
+@triton_interpreter("gmm=triton")
+@pytest.mark.parametrize("end", [0, 15, 16, 37, 40])
+@pytest.mark.parametrize("columns", [8, 300])
+def test_rows_after_the_last_group_are_cleared_and_no_others(columns, end):
+    from mindspeed.ops.kernels.triton._grouped import clear_rows_after
+
+    wide = torch.ones(40, columns + 5, dtype=torch.bfloat16)
+    ends = torch.tensor([end // 2, end], dtype=torch.int32)
+    cleared = clear_rows_after(wide[:, :columns], ends)
+    assert (wide[:end] == 1).all() and (cleared[end:] == 0).all() and (wide[:, columns:] == 1).all()

@@ -116,6 +116,31 @@ def weight_gradient(
     tl.store(out, total, mask=inside)
 
 
+@triton.jit
+def _clear_after(y_ptr, ends_ptr, groups, rows, columns, y_m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    first = tl.program_id(0) * BLOCK_M
+    end = tl.load(ends_ptr + groups - 1)
+    if first + BLOCK_M > end:
+        row = first + tl.arange(0, BLOCK_M).to(tl.int64)
+        column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = ((row >= end) & (row < rows))[:, None] & (column < columns)[None, :]
+        zero = tl.zeros([BLOCK_M, BLOCK_N], dtype=y_ptr.dtype.element_ty)
+        tl.store(y_ptr + row[:, None] * y_m + column[None, :], zero, mask=inside)
+
+
+_CLEARED = {"BLOCK_M": 16, "BLOCK_N": 256}
+
+
+def clear_rows_after(y: Tensor, ends: Tensor) -> Tensor:
+    """Zero the rows of y [M, N] from the last end on, in place; ends [G] on the device, at least one."""
+    (rows, columns), (block_m, block_n) = y.shape, _CLEARED.values()
+    with torch.cuda.device_of(y):  # Triton launches on the current device
+        _clear_after[(triton.cdiv(rows, block_m), triton.cdiv(columns, block_n))](
+            y, ends, ends.shape[0], rows, columns, y.stride(0), **_CLEARED
+        )
+    return y
+
+
 def grouped_multiply(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
     """`y_g = x_g @ W_g + bias_g` for x [M, K], weight [G, K, N], any strides; ends: int64 [G] on the device."""
     (rows, inner), (groups, _, columns) = x.shape, weight.shape
@@ -150,6 +175,7 @@ def _build(kernel: object, types: str, dtype: torch.dtype, **constants: object) 
 _MULTIPLY = "*{0} *{0} *fp32 *i64 *{0} i32 i32 i32 i32 i64 i64 i64 i64 i64"
 _GRADIENT = "*{0} *{0} *i64 *{1} i32 i32 i32 i64 i64 i64 i64 i64 i64 i64"
 BUILDS = (
+    Build(_clear_after, "*bf16 *i32 i32 i32 i32 i64", _CLEARED),
     _build(multiply, _MULTIPLY.format("bf16"), torch.bfloat16, BIAS=True, BLOCK_G=64),
     _build(multiply, _MULTIPLY.format("fp32"), torch.float32, BIAS=False, BLOCK_G=64),
     _build(weight_gradient, _GRADIENT.format("bf16", "bf16"), torch.bfloat16, ACCUMULATE=False),

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mindspeed.ops._transfer import to_device
 from mindspeed.ops.kernels.triton._launch import Build, triton_body
 
 BLOCK = 1024
@@ -73,7 +74,7 @@ def ema_adamw_(
     """Update var, m, v and s in place."""
     count = var.numel()
     _step[(triton.cdiv(count, BLOCK),)](
-        grad, var, m, v, s, step.to(var.device), count, lr, ema_decay, beta1, beta2, 1.0 - beta1, 1.0 - beta2, 1.0 - ema_decay,
+        grad, var, m, v, s, to_device(step, var.device), count, lr, ema_decay, beta1, beta2, 1.0 - beta1, 1.0 - beta2, 1.0 - ema_decay,
         *_two_floats(_log(beta1)), *_two_floats(_log(beta2)), eps, weight_decay,
         DECOUPLED=decay_mode == 1, CORRECT=bias_correction, BLOCK=BLOCK,
     )  # fmt: skip
