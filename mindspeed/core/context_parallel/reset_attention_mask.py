@@ -48,6 +48,11 @@ class ResetAttentionMask(Feature):
             if not fused and run.get("create_attention_mask_in_dataloader") is False:
                 rule = "needs flash attention, or masks from the data set, which --no-create-attention-mask-in-dataloader drops"
                 yield Problem(OPTION, None, rule, "add --use-flash-attn")
+            elif not fused and _has_inner_chunks(run):
+                rule = (
+                    "needs flash attention where a pipeline chunk is neither first nor last: it gets no mask from the data set"
+                )
+                yield Problem(OPTION, None, rule, "add --use-flash-attn")
         size, length = flags.fix_sub_seq_length, run.get("seq_length")
         if size and not run.get("reset_attention_mask"):
             yield Problem(FIXED, size, f"needs {OPTION}", f"add {OPTION} or remove it")
@@ -62,6 +67,14 @@ class ResetAttentionMask(Feature):
             yield wrap(
                 "training:build_tokenizer", _with_end, reason="refuses a tokenizer without end of document", optional=True
             )
+
+
+def _has_inner_chunks(run: RunShape) -> bool:
+    """Whether the model is cut into more chunks than the first and the last, which alone read batches."""
+    stages, chunks = run.get("pipeline_model_parallel_size") or 1, run.get("num_virtual_stages_per_pipeline_rank") or 1
+    if size := run.get("num_layers_per_virtual_pipeline_stage"):
+        chunks = (run.get("num_layers") or 0) // stages // size
+    return stages > 1 and stages * chunks > 2
 
 
 def _with_end(original: Any, *args: Any, **kwargs: Any) -> Any:

@@ -206,6 +206,17 @@ FUSED = dict(reset_attention_mask=True, use_flash_attn=True, seq_length=128, cre
         (dict(fix_sub_seq_length=8, reset_attention_mask=False), "--fix-sub-seq-length 8: needs --reset-attention-mask"),
         (dict(fix_sub_seq_length=8, use_flash_attn=False), "--fix-sub-seq-length 8: needs flash attention"),
         (dict(use_flash_attn=False), "--reset-attention-mask: needs flash attention, or masks from the data set"),
+        *[
+            (
+                dict(use_flash_attn=False, create_attention_mask_in_dataloader=True, **pipeline),
+                "chunk is neither first nor last",
+            )
+            for pipeline in (
+                dict(pipeline_model_parallel_size=3),
+                dict(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2),
+                dict(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1, num_layers=4),
+            )
+        ],
         (dict(tokenizer_type="NullTokenizer"), "--reset-attention-mask: needs a tokenizer with an end-of-document token"),
     ],
 )
@@ -220,6 +231,9 @@ def test_sound_documents_are_accepted():
         assert active.why == "--reset-attention-mask"
     dense = {**FUSED, "use_flash_attn": False, "create_attention_mask_in_dataloader": True}
     assert check((ResetAttentionMask(),), argparse.Namespace(**dense), platform="cpu")
+    stages = dict(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=2, num_layers=4)
+    for masks in (dense, FUSED | stages | dict(num_layers=8), dense | stages):
+        assert check((ResetAttentionMask(),), argparse.Namespace(**masks), platform="cpu")
 
 
 def test_a_tokenizer_without_end_of_document_is_refused_when_it_is_built():
