@@ -183,7 +183,7 @@ def _reference_backward(
             continue
         chunks = _Chunks(q, k, v, options, segment, generator)
         parts = tuple(tensor[:, :, segment.queries] for tensor in (*kept, lse, dq))
-        segment_dk, segment_dv = _segment_backward(chunks, *parts, dpse)
+        segment_dk, segment_dv = _segment_backward(chunks, *parts, None if dpse is None else segment.own(dpse))
         dk[:, :, segment.keys], dv[:, :, segment.keys] = segment_dk, segment_dv
     return *grads, query.new_empty(0) if dpse is None else dpse.to(options.pse.dtype)
 

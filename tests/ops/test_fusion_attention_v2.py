@@ -116,6 +116,47 @@ def test_packed_sequences(mode, body):
 
 
 @pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("given", ["mask", "slopes", "bias", "prefix"])
+def test_packed_sequences_have_entries_of_their_own(given, body):
+    """What is given per sample is given per sequence in a packed batch, in the size of the longest sequence."""
+    lengths_q, lengths_k, prefix = [3, 0, 5, 2], [4, 0, 3, 2], [3, 0, 1, 0]
+    q, q_ends = tnd(lengths_q, 4, 8)
+    k, k_ends = tnd(lengths_k, 2, 8)
+    v = torch.randn_like(k).requires_grad_()
+    mask, slopes, bias = torch.rand(4, 1, 5, 4) < 0.4, torch.rand(4, 4), torch.randn(4, 4, 5, 4).requires_grad_()
+    options = {
+        "mask": {"atten_mask": mask, "sparse_mode": 1},
+        "slopes": {"pse": slopes, "pse_type": 2},
+        "bias": {},
+        "prefix": {"atten_mask": CAUSAL_PATTERN, "sparse_mode": 6, "prefix": prefix},
+    }[given]
+
+    def run(q, k, v, bias):
+        own = {"pse": bias, "pse_type": 0} if given == "bias" else options
+        return attention(q, k, v, 4, "TND", scale=0.3, actual_seq_qlen=q_ends, actual_seq_kvlen=k_ends, **own)[0]
+
+    def expected(q, k, v, bias):
+        def form(index, q, k, v):
+            sq, sk = q.shape[2], k.shape[2]
+            if given == "mask":
+                return textbook(q, k, v, 0.3, mask[index, :, :sq, :sk].unsqueeze(0).expand(1, 4, sq, sk))
+            if given == "slopes":
+                distance = (torch.arange(sk) - torch.arange(sq)[:, None]).abs()
+                return textbook(q, k, v, 0.3, pse=-slopes[index].view(1, 4, 1, 1) * distance, pse_type=2)
+            if given == "bias":
+                return textbook(q, k, v, 0.3, pse=bias[index, :, :sq, :sk].unsqueeze(0), pse_type=0)
+            return textbook(q, k, v, 0.3, expand_mask(6, 1, 4, sq, sk, prefix=[prefix[index]]))
+
+        return by_sequence(form, q, k, v, q_ends, k_ends)[0]
+
+    with backends(f"fusion_attention={body}"):
+        if given == "bias":
+            assert_operator_accurate(run, expected, q, k, v, bias)
+        else:
+            assert_operator_accurate(lambda *a: run(*a, bias), lambda *a: expected(*a, bias), q, k, v)
+
+
+@pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("pse_type", [0, 1])
 @pytest.mark.parametrize("shape", [(2, 4, 5, 7), (1, 4, 5, 7), (2, 4, 1, 7)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
