@@ -12,6 +12,7 @@ float64, the gradient of a bias, old devices                            referenc
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -71,7 +72,29 @@ def select(
         machine: the device.
         flex: whether a compiled pattern may serve (forward only).
         need_dpse: whether the gradient of the bias is wanted.
+
+    Each pattern is decided once: a call asks up to three times (who declines, and the body), and so does every layer.
     """
+    tensors = tuple(
+        None if t is None else (tuple(t.shape), t.dtype) for t in (query, key, value, options.pse, options.atten_mask)
+    )
+    plain = options._replace(pse=None, atten_mask=None, rng=None)
+    rest = tuple(tuple(option) if isinstance(option, list) else option for option in plain)
+    return _select(tensors, rest, machine, flex, need_dpse)
+
+
+@functools.lru_cache(maxsize=256)
+def _select(
+    tensors: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...],
+    rest: tuple[object, ...],
+    machine: Machine,
+    flex: bool,
+    need_dpse: bool,
+) -> Choice:
+    """`select` from what it reads of the tensors (those of `select`, pse and mask) and the other options."""
+    shaped = (None if t is None else torch.empty(t[0], dtype=t[1], device="meta") for t in tensors)
+    query, key, value, pse, mask = shaped
+    options = Options(*rest)._replace(pse=pse, atten_mask=mask)
     q, v = views(query, options, options.head_num), views(value, options, key_heads(query, key, options))
     if need_dpse:
         return Choice("reference", "the gradient of pse is wanted")

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mindspeed.ops import _aten_attention, backends
+from mindspeed.ops import _aten_attention, _attention_choice, backends
 from mindspeed.ops._aten_attention import fitting_window, flash_refuses
 from mindspeed.ops._attention_choice import FLEX_SCORES, Machine, select
 from mindspeed.ops._attention_scores import LIMIT, Options
@@ -278,6 +278,21 @@ def test_operands_that_vector_loads_cannot_read_are_copied(aten):
 def test_empty_dimensions(aten, b, sq, sk):
     contract.test_empty_dimensions(b, sq, sk, "auto")
     assert aten.calls == []
+
+
+def test_a_pattern_is_decided_once_for_all_calls_and_layers(aten, monkeypatch):
+    _attention_choice._select.cache_clear()
+    decided = []
+    band = _attention_choice.band
+    monkeypatch.setattr(_attention_choice, "band", lambda *arguments: decided.append(1) or band(*arguments))
+    for length in (64, 64, 64, 72):
+        q, k, v = (torch.randn(1, 2, length, 8, dtype=BF16, requires_grad=True) for _ in range(3))
+        npu_fusion_attention(q, k, v, 2, "BNSD")[0].sum().backward()
+    assert len(decided) == 2
+    assert len(aten.calls) == 8
+    q, k, v, options = call(q_ends=[20, 64], k_ends=[20, 64])
+    choices = [select(q, k, v, options._replace(actual_seq_qlen=ends), H100) for ends in ([20, 64], [30, 64])]
+    assert [tile.queries.stop for choice in choices for tile in choice.tiles] == [20, 64, 30, 64]
 
 
 GPU_CASES = {

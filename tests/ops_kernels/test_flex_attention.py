@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,6 +124,35 @@ def test_the_body_serves_what_the_choice_gives_it(monkeypatch):
     assert select(q, q, q, slopes, Machine((9, 0), True), flex=True).kernel == "flex"
     assert fusion_attention._declines(q, q, q, *slopes) is None
     assert "expresses what is hidden" in fusion_attention._declines(q, q, q, *as_options("BSND"))
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_the_statistics_are_asked_for_in_the_way_of_this_torch(monkeypatch, new):
+    """`return_lse` before there was `return_aux`, which takes its place."""
+
+    def old_attention(q, k, v, *, score_mod, block_mask, scale, enable_gqa, return_lse=False):
+        return q, lse if return_lse else None
+
+    def new_attention(q, k, v, *, score_mod, block_mask, scale, enable_gqa, return_aux=None):
+        return q, SimpleNamespace(lse=lse, max_scores=None) if return_aux.lse else None
+
+    ours, lse = new_attention if new else old_attention, torch.ones(2, 4, 300)
+    fusion_attention.asking_for_lse.cache_clear()
+    monkeypatch.setattr(fusion_attention, "flex_attention", ours)
+    if new:
+        monkeypatch.setattr("torch.nn.attention.flex_attention.AuxRequest", lambda lse: SimpleNamespace(lse=lse), raising=False)
+    q, k, v = (t.transpose(1, 2) for t in operands("BSND"))
+    out, found = fusion_attention.attend(q, k, v, as_options("BSND", **arguments("triangle")), ours)
+    fusion_attention.asking_for_lse.cache_clear()
+    assert out is q and torch.equal(found, lse)
+
+
+def test_a_compiler_that_takes_whole_graphs_only_takes_the_call():
+    compiled = torch.compile(flex_attention, backend="eager", fullgraph=True)
+    q, k, v = (t.transpose(1, 2) for t in operands("BSND"))
+    options = as_options("BSND", **arguments("prefix"))
+    for found, truth in zip(*(fusion_attention.attend(q, k, v, options, f) for f in (compiled, flex_attention)), strict=True):
+        torch.testing.assert_close(found, truth)
 
 
 @pytest.mark.cuda

@@ -9,6 +9,7 @@ and nothing of size Sq x Sk is ever in memory. Backward runs on another kernel, 
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 
@@ -22,6 +23,7 @@ from mindspeed.ops._attention import key_heads, views
 from mindspeed.ops._attention_choice import select
 from mindspeed.ops._attention_scores import Options, Segment, band
 from mindspeed.ops._registry import register_kernel
+from mindspeed.ops._transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +80,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, options: Options, flex: Function) ->
     """(out [B, N, Sq, Dv], lse [B, N, Sq]) by `flex`, which is flex attention, compiled or not."""
     queries, keys = q.shape[2], k.shape[2]
     whole = Segment(slice(0, queries), slice(0, keys), True, True)
-    out, lse = flex(
+    out, statistics = flex(
         q, k, v, score_mod=score_mod(options, q), block_mask=block_mask(options, whole, q, keys), scale=options.scale,
-        enable_gqa=q.shape[1] != k.shape[1], return_lse=True,
+        enable_gqa=q.shape[1] != k.shape[1], **asking_for_lse(),
     )  # fmt: skip
-    return out, lse.float()
+    return out, (statistics if isinstance(statistics, Tensor) else statistics.lse).float()
+
+
+@functools.cache
+def asking_for_lse() -> dict[str, object]:
+    """The arguments by which flex attention also returns the log-sum-exp; `return_lse` goes as soon as there is `return_aux`."""
+    if "return_aux" not in inspect.signature(flex_attention).parameters:
+        return {"return_lse": True}
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    return {"return_aux": AuxRequest(lse=True)}
 
 
 def score_mod(options: Options, q: Tensor) -> Function | None:
@@ -91,7 +103,7 @@ def score_mod(options: Options, q: Tensor) -> Function | None:
         return None
     slopes = options.pse.detach().expand(q.shape[0], q.shape[1])
     starts = [values[0] if values else 0 for values in (options.kv_start_idx, options.q_start_idx)]
-    shift = torch.tensor(starts[0] - starts[1], device=q.device)  # a tensor: another value compiles nothing anew
+    shift = to_device([starts[0] - starts[1]], q.device)[0]  # a tensor: another value compiles nothing anew
     root = options.pse_type == 3
 
     def add(score: Tensor, b: Tensor, n: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -109,11 +121,11 @@ def block_mask(options: Options, segment: Segment, q: Tensor, keys: int) -> Bloc
     prefix = None
     if options.sparse_mode in (5, 6):
         low, high = None, keys - queries
-        prefix = torch.tensor(options.prefix, device=device)
+        prefix = to_device(options.prefix, device)
     else:
         low, high = band(options, segment, queries, keys)
     # Limits that no pair of positions reaches stand for none, so that one function serves all bands.
-    bounds = torch.tensor([-queries if low is None else low, keys if high is None else high], device=device)
+    bounds = to_device([-queries if low is None else low, keys if high is None else high], device)
 
     def seen(b: Tensor, n: Tensor, i: Tensor, j: Tensor) -> Tensor:
         inside = (j - i >= bounds[0]) & (j - i <= bounds[1])
