@@ -42,6 +42,7 @@ FAMILIES = (
     "alltoall_allgather_bmm",
     "bmm_reducescatter_alltoall",
     "coc_ops",
+    "cross_entropy",
     "dropout_add_norm",
     "ema_adamw",
     "ffn",

@@ -78,6 +78,17 @@ def weighted_swiglu():
     yield RuntimeError, "weights", lambda: op(t(4, 16), host(4, 1))
 
 
+def vocab_parallel_cross_entropy():
+    from mindspeed.ops.cross_entropy import vocab_parallel_cross_entropy as op
+
+    yield ValueError, "target", lambda: op(t(4, 2, 16), i64(4))
+    yield ValueError, "logits", lambda: op(t(4, 0), i64(4))
+    yield TypeError, "logits", lambda: op(t(4, 16, dtype=INT32), i64(4))
+    yield TypeError, "target", lambda: op(t(4, 16), t(4, dtype=INT32))
+    yield ValueError, "group", lambda: op(t(4, 16), i64(4), "nobody")
+    yield RuntimeError, "target", lambda: op(t(4, 16), host(4, dtype=INT64))
+
+
 def npu_fusion_attention():
     from mindspeed.ops.fusion_attention_v2 import npu_fusion_attention as op
 

@@ -137,6 +137,20 @@ def softmax_masked():
     return lambda: scaled_masked_softmax(x, mask, 0.5)
 
 
+def cross_entropy():
+    from mindspeed.ops.cross_entropy import vocab_parallel_cross_entropy
+
+    logits, target = g(4, 16), t(4, dtype=INT64)
+    return lambda: vocab_parallel_cross_entropy(logits, target)
+
+
+def cross_entropy_split():
+    from mindspeed.ops.cross_entropy import vocab_parallel_cross_entropy
+
+    logits, target = g(4, 16), t(4, dtype=INT64)
+    return lambda: vocab_parallel_cross_entropy(logits, target, group())
+
+
 # ---- attention -----------------------------------------------------------------------------------------------------------------
 
 

@@ -99,6 +99,33 @@ ROWS = {
         "InplaceZero ScaledMaskedSoftmaxGrad",
         "scaled_masked_softmax=npu scaled_masked_softmax_backward=npu",
     ),
+    "cross_entropy": (
+        (
+            "Subs GeScalar LtScalar BitwiseAndTensor BitwiseNot InplaceCopy InplaceMaskedFillScalar InplaceCopy Amax "
+            "InplaceCopy Gather InplaceCopy EqScalar InplaceCopy InplaceMaskedFillScalar Sub InplaceExp ReduceSum "
+            "InplaceCopy BitwiseNot InplaceMaskedFillScalar Log Sub Sub EqScalar InplaceMaskedFillScalar Stack"
+        ),
+        (
+            "Subs GeScalar LtScalar BitwiseAndTensor BitwiseNot InplaceCopy InplaceMaskedFillScalar EqScalar "
+            "InplaceCopy InplaceMaskedFillScalar InplaceCopy InplaceCopy Sub InplaceExp InplaceDiv Gather Sub "
+            "InplaceScatter InplaceMul InplaceCopy"
+        ),
+        "vocab_parallel_cross_entropy=npu vocab_parallel_cross_entropy_backward=npu",
+    ),
+    "cross_entropy_split": (
+        (
+            "Subs GeScalar LtScalar BitwiseAndTensor BitwiseNot InplaceCopy InplaceMaskedFillScalar InplaceCopy Amax "
+            "InplaceCopy Gather InplaceCopy EqScalar InplaceCopy InplaceMaskedFillScalar Sub InplaceExp ReduceSum "
+            "InplaceCopy BitwiseNot InplaceMaskedFillScalar InplaceCopy HcclAllReduce Sub Exp Mul Stack HcclAllReduce "
+            "Log Sub Sub EqScalar InplaceMaskedFillScalar Stack"
+        ),
+        (
+            "Subs GeScalar LtScalar BitwiseAndTensor BitwiseNot InplaceCopy InplaceMaskedFillScalar EqScalar "
+            "InplaceCopy InplaceMaskedFillScalar InplaceCopy InplaceCopy Sub InplaceExp InplaceDiv Gather Sub "
+            "InplaceScatter InplaceMul InplaceCopy"
+        ),
+        "vocab_parallel_cross_entropy=npu vocab_parallel_cross_entropy_backward=npu",
+    ),
     "attention": (
         "FlashAttentionScoreV2",
         "FlashAttentionScoreGradV2",

@@ -48,6 +48,7 @@ from tests.npu_contract.bad_tensors import (
     rms_norm,
     sort_chunks,
     swiglu,
+    vocab_parallel_cross_entropy,
     weighted_swiglu,
 )
 
@@ -56,6 +57,7 @@ OPERATORS = {  # family: its public operators
     "alltoall_allgather_bmm": (npu_alltoall_allgather_bmm,),
     "bmm_reducescatter_alltoall": (npu_bmm_reducescatter_alltoall,),
     "coc_ops": (matmul_all_reduce, all_gather_matmul_v2, matmul_reduce_scatter),
+    "cross_entropy": (vocab_parallel_cross_entropy,),
     "dropout_add_norm": (dropout_add_layer_norm, dropout_add_rms_norm),
     "ema_adamw": (npu_apply_fused_ema_adamw,),
     "ffn": (npu_ffn,),

@@ -227,6 +227,7 @@ def test_ffn_of_int8(calls, output, scale, dequant, kernel):
 
 @npu_contract()
 def test_dimensions_and_float64(calls):
+    from mindspeed.ops.cross_entropy import vocab_parallel_cross_entropy as cross_entropy
     from mindspeed.ops.dropout_add_rms_norm import npu_dropout_add_rms_norm
     from mindspeed.ops.npu_ring_attention_update import npu_ring_attention_update
     from mindspeed.ops.rms_norm import rms_norm
@@ -244,6 +245,7 @@ def test_dimensions_and_float64(calls):
     assert "no float64" in reason("swiglu", lambda: swiglu(t(4, 16, **wide)))
     assert "no float64" in reason("bias_swiglu", lambda: bias_swiglu(t(4, 16, **wide), t(16, **wide)))
     assert "no float64" in reason("swiglu_weighted", lambda: weighted_swiglu(t(4, 16, **wide), t(4, 1, **wide)))
+    assert "no float64" in reason("vocab_parallel_cross_entropy", lambda: cross_entropy(t(4, 16, **wide), t(4, dtype=INT64)))
     norm = t(4, 16, **wide), None, t(16, **wide), None, 0.0, 1e-5
     assert "no float64" in reason("dropout_add_norm", lambda: npu_dropout_add_rms_norm(*norm))
     block = t(8, 2, 64, **wide), t(2, 4, 8, 8, dtype=FP32), t(2, 4, 8, 8, dtype=FP32)

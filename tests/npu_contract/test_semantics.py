@@ -70,6 +70,30 @@ def test_softmax_clears_rows_without_an_entry(causal):
 
 
 @npu_semantics()
+@pytest.mark.parametrize("block_bytes", [256 << 20, 2 * 7 * 4])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_cross_entropy_of_a_shard_in_blocks_of_rows(dtype, block_bytes):
+    from unittest import mock
+
+    import mindspeed.ops.cross_entropy
+    from mindspeed.ops._registry import REGISTRY
+
+    REGISTRY.load("cross_entropy", "npu")
+    from mindspeed.ops.kernels.npu import cross_entropy
+
+    logits, target = normal(5, 3, 7, dtype=dtype), torch.randint(0, 14, (5, 3))
+    logits[0, 0, :4], target[1, 1] = -torch.inf, mindspeed.ops.cross_entropy.IGNORED
+    before = logits.clone()
+    with mock.patch.object(cross_entropy, "BLOCK_BYTES", block_bytes):
+        _, statistics = assert_same("vocab_parallel_cross_entropy", logits, target, 7, "")
+        statistics[:, 0, 0] = 1.0  # as if another shard had the maximum
+        assert_same("vocab_parallel_cross_entropy_backward", normal(5, 3), logits, target, statistics, 7)
+    assert torch.equal(logits, before)
+    logits[0, 0] = -torch.inf  # a shard of nothing but padding adds 0 to the sum, not NaN
+    assert body("vocab_parallel_cross_entropy")(logits, target, 7, "")[1][:, 0, 0].tolist() == [-torch.inf, 0.0]
+
+
+@npu_semantics()
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("rms", [False, True])
 def test_dropout_add_norm(rms, p):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mindspeed.ops import moe_routing_map
+from mindspeed.ops.cross_entropy import vocab_parallel_cross_entropy
 from mindspeed.ops.dropout_add_layer_norm import npu_dropout_add_layer_norm
 from mindspeed.ops.dropout_add_rms_norm import npu_dropout_add_rms_norm
 from mindspeed.ops.ffn import npu_ffn
@@ -126,6 +127,9 @@ def activations(dtype: torch.dtype, rows: int) -> dict[str, Sample]:
         "weighted_swiglu": Sample(weighted_swiglu, {"x": x, "weights": draw(rows, 3, 1)}, ("x", "weights")),
         "rotary, halves": Sample(npu_rotary_position_embedding, turn, ("x", "cos", "sin")),
         "rotary, neighbours": Sample(npu_rotary_position_embedding, turn | {"mode": 1}, ("x", "cos", "sin")),
+        "cross entropy": Sample(
+            vocab_parallel_cross_entropy, {"logits": x, "target": torch.arange(3 * rows).view(rows, 3) % 6}, ("logits",)
+        ),
         "softmax, mask": Sample(
             scaled_masked_softmax, {"x": scores, "mask": torch.rand(2, 1, 4, 6) < 0.4, "scale": 0.5}, ("x",)
         ),

@@ -7,6 +7,7 @@ import torch
 
 from mindspeed.ops import moe_routing_map
 from mindspeed.ops._registry import backends
+from mindspeed.ops.cross_entropy import vocab_parallel_cross_entropy
 from mindspeed.ops.dropout_add_layer_norm import npu_dropout_add_layer_norm
 from mindspeed.ops.dropout_add_rms_norm import npu_dropout_add_rms_norm
 from mindspeed.ops.ffn import npu_ffn
@@ -81,6 +82,14 @@ def test_activations(shape):
             y = scaled_masked_softmax(x, mask, 0.5, causal)
             assert y.shape == shape
             backward(y)
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0, 4), (0, 3, 1)])
+def test_losses(shape):
+    logits = leaf(*shape)
+    loss = vocab_parallel_cross_entropy(logits, torch.zeros(shape[:-1], dtype=torch.int64))
+    backward(loss)
+    assert loss.shape == shape[:-1] and logits.grad.shape == shape
 
 
 @pytest.mark.parametrize("mode", [0, 1])

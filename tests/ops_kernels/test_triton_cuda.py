@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mindspeed.testing.triton_interpreter import on_cuda
 from tests.ops_kernels import (
+    test_triton_cross_entropy,
     test_triton_grouped,
     test_triton_moe_ring,
     test_triton_norm_activation,
@@ -13,6 +14,7 @@ from tests.ops_kernels import (
 from tests.ops_kernels import test_triton_rotary_softmax_dropout as test_triton_rotary
 
 for _module in (
+    test_triton_cross_entropy,
     test_triton_grouped,
     test_triton_moe_ring,
     test_triton_norm_activation,
