@@ -32,8 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", choices=PRESETS, default="standard", help="how much to run")
     parser.add_argument("--only", metavar="GLOB", help="cases whose id matches, ops.rms_norm.* for instance")
     parser.add_argument("--peers", metavar="LIST", help="comma-separated names of peers, or none; default: all installed")
-    parser.add_argument("--rounds", type=int, help="measured rounds; default by preset: 3, 5, 7")
-    parser.add_argument("--ranks", default="1,2", help="world sizes for cases of several processes")
+    parser.add_argument("--rounds", type=_positive, help="measured rounds; default by preset: 3, 5, 7")
+    parser.add_argument("--ranks", type=_sizes, default=(1, 2), help="world sizes for cases of several processes; default: 1,2")
     parser.add_argument("--json", metavar="FILE", help="write the report there")
     parser.add_argument("--against", metavar="FILE|REF", help="compare with a report, or with a git revision measured now")
     parser.add_argument("--check", action="store_true", help="exit 1 when a must is missed, 2 when a case could not run")
@@ -41,6 +41,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--plots", metavar="DIR", help="write one picture for each group")
     parser.add_argument("--timeout-per-case", type=float, default=300.0, metavar="S", help="seconds before a case is killed")
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number; give 1 or more")
+    return int(text)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(_positive(size) for size in text.split(","))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,7 +84,7 @@ def _run_options(options: argparse.Namespace) -> Run:
         preset=options.preset,
         rounds=options.rounds or _ROUNDS[options.preset],
         peers=peers,
-        ranks=tuple(int(text) for text in options.ranks.split(",")),
+        ranks=options.ranks,
         timeout=options.timeout_per_case,
     )
 
@@ -161,7 +171,7 @@ def _report_of(options: argparse.Namespace) -> dict[str, Any]:
             command = [sys.executable, "-m", "benchmarks", *options.groups, "--json", str(report)]
             for name in ("device", "preset", "only", "peers", "rounds", "ranks"):
                 if (value := getattr(options, name)) is not None:
-                    command += [f"--{name}", str(value)]
+                    command += [f"--{name}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
             subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, check=True)
             return read_report(report)
         finally:

@@ -10,17 +10,32 @@ import sys
 
 import typer
 
+from mindspeed import __version__
 from mindspeed.errors import MindspeedError
 
 app = typer.Typer(
     name="mindspeed",
-    help="Acceleration for Megatron training on Ascend NPU, NVIDIA GPU and CPU.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 _ALL_ARGUMENTS = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mindspeed {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Print the version of mindspeed and exit."
+    ),
+) -> None:
+    """Acceleration for Megatron training on Ascend NPU, NVIDIA GPU and CPU."""
 
 
 @app.command()

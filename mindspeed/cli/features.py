@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 from rich.console import Console
@@ -34,29 +35,29 @@ def find(name: str, features: Iterable[Feature]) -> Feature:
     for feature in features:
         if wanted == feature.name or any(wanted == spec.option.removeprefix("--") for spec in feature.specs):
             return feature
-    known = ", ".join(sorted(feature.name for feature in features))
-    raise ConfigError([Problem("mindspeed features", name, "no feature has this name or flag", f"choose one of {known}")])
+    known = sorted(feature.name for feature in features)
+    near = difflib.get_close_matches(wanted, known, n=3)
+    fix = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(known)}"
+    raise ConfigError([Problem("mindspeed features", name, "no feature has this name or flag", fix)])
 
 
-def flags_text(feature: Feature) -> str:
-    """Option strings of a feature, one a line."""
-    return "\n".join(spec.option for spec in feature.specs) or "host flags"
+def flags_text(feature: Feature, separator: str) -> str:
+    """Option strings of a feature."""
+    return separator.join(spec.option for spec in feature.specs) or "host flags"
 
 
 def show_all(features: Iterable[Feature], console: Console) -> None:
-    """One row a feature."""
+    """One row a feature; its facts stand below each other, so that a flag is one word on a narrow terminal too."""
     table = Table(title="Features", title_justify="left", show_lines=True)
-    for heading in ("feature", "what it does", "flags", "on", "needs", "not with"):
-        table.add_column(heading, overflow="fold")
+    table.add_column("feature")
+    table.add_column("what it does", overflow="fold")
     for feature in features:
-        table.add_row(
-            Text(feature.name, style="bold"),
-            feature.summary,
-            flags_text(feature),
-            LEVELS[feature.level],
-            "\n".join(feature.needs),
-            "\n".join(feature.conflicts),
-        )
+        name = Text.assemble((feature.name, "bold"), f"\n{LEVELS[feature.level]}")
+        facts = Text.assemble(feature.summary, "\n", (flags_text(feature, "\n"), "cyan"))
+        for word, others in (("needs", feature.needs), ("not with", feature.conflicts)):
+            if others:
+                facts.append(f"\n{word} {', '.join(others)}")
+        table.add_row(name, facts)
     console.print(table)
     console.print("One in full: mindspeed features NAME. What a command line switches on: mindspeed explain -- FLAGS")
 
@@ -77,10 +78,10 @@ def show_one(feature: Feature, console: Console) -> None:
 
 def markdown_table(features: Iterable[Feature]) -> str:
     """The table of the docs, generated so that it cannot go out of date."""
-    lines = ["| feature | flags | on | what it does |", "|---|---|---|---|"]
+    lines = ["| feature | what it does | flags | on |", "|---|---|---|---|"]
     for feature in features:
         flags = ", ".join(f"`{spec.option}`" for spec in feature.specs) or "host flags"
-        lines.append(f"| [{feature.name}]({feature.page}.md) | {flags} | {LEVELS[feature.level]} | {feature.summary} |")
+        lines.append(f"| [{feature.name}]({feature.page}.md) | {feature.summary} | {flags} | {LEVELS[feature.level]} |")
     return "\n".join(lines)
 
 

@@ -21,13 +21,19 @@ def show_error(error: MindspeedError, console: Console | None = None) -> None:
 
 def show_problems(error: ConfigError, console: Console) -> None:
     """One row a problem: what was given, the rule, what to do."""
-    table = Table(title=f"{len(error.problems)} problem(s) with this configuration", title_justify="left", show_lines=True)
+    table = Table(title=str(error).partition(":")[0], title_justify="left", show_lines=True)
     for heading in ("given", "rule", "what to do"):
         table.add_column(heading, overflow="fold")
     for problem in error.problems:
         value = "" if problem.value is None or problem.value is True else f" {problem.value}"
         table.add_row(Text(f"{problem.flag}{value}", style="bold"), Text(problem.rule), Text(problem.fix))
     console.print(table)
+
+
+def file_trouble(error: OSError) -> str:
+    """What the operating system refused, for which path, and what to look at."""
+    path = f"{error.filename}: " if error.filename else ""
+    return f"{path}{error.strerror or error}. Check the path, its permissions and the space left."
 
 
 def _title(error: MindspeedError) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 
+from mindspeed.cli.messages import file_trouble
 from mindspeed.errors import MindspeedError
 
 
 def run(argv: list[str]) -> int:
-    """Tokenize; returns the exit status: 0, 1 for unusable input, 2 for a wrong command line."""
+    """Tokenize; returns the exit status: 0, 1 for files that cannot be read or written, 2 for what is refused."""
     from mindspeed.training import preprocess
 
     try:
@@ -19,9 +20,9 @@ def run(argv: list[str]) -> int:
         done = preprocess.preprocess(args)
     except MindspeedError as error:
         print(f"mindspeed: {error}", file=sys.stderr)
-        return 1
+        return 2
     except OSError as error:
-        print(f"mindspeed: {error.filename}: {error.strerror}. Check the path and the space left.", file=sys.stderr)
+        print(f"mindspeed: {file_trouble(error)}", file=sys.stderr)
         return 1
     rate = done.tokens / max(done.seconds, 1e-9)
     print(f"{done.documents} documents, {done.tokens} tokens in {done.seconds:.1f} s ({rate:,.0f} tokens/s)")

@@ -8,9 +8,11 @@ import shlex
 import sys
 import sysconfig
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from mindspeed.errors import MindspeedError
+from mindspeed.cli.messages import file_trouble
+from mindspeed.patching.flags import flag, flag_specs, read_flags
 
 _SKIPPED = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__")
 
@@ -21,26 +23,39 @@ def corpus(folder: Path) -> list[Path]:
     return sorted(path for path in files if not set(path.relative_to(folder).parts) & set(_SKIPPED))
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuickstartFlags:
+    """Options of the command."""
+
+    nproc: int = flag(2, "Processes to train on (default 2).", at_least=1)
+    train_iters: int | None = flag(None, "Training steps (default 200).", at_least=1)
+
+
 def run(argv: list[str]) -> int:
-    """Prepare text, train, and say where everything is; returns the exit status."""
+    """Prepare text, train, and say where everything is; returns the exit status.
+
+    Raises:
+        ConfigError: a value that cannot be honoured, before anything is written.
+    """
     parser = argparse.ArgumentParser(prog="mindspeed quickstart", description=__doc__)
     parser.add_argument("folder", nargs="?", default="mindspeed-quickstart", metavar="DIR", help="Where to put everything.")
-    parser.add_argument("--nproc", type=int, default=2, help="Processes to train on.")
-    parser.add_argument("--train-iters", type=int, default=None, help="Steps, instead of 200.")
+    for spec in flag_specs(QuickstartFlags):
+        spec.add_to(parser)
     try:
         args = parser.parse_args(argv)
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 2
+    chosen = read_flags(QuickstartFlags, vars(args))
     folder = Path(args.folder).absolute()
     begun = time.perf_counter()
     try:
         _prepare(folder)
-    except (MindspeedError, OSError) as error:
-        print(f"mindspeed: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"mindspeed: {file_trouble(error)}", file=sys.stderr)
         return 1
-    status = _train(folder, args.nproc, [] if args.train_iters is None else ["--train-iters", str(args.train_iters)])
+    status = _train(folder, chosen.nproc, [] if chosen.train_iters is None else ["--train-iters", str(chosen.train_iters)])
     if status == 0:
-        _report(folder, args.nproc, time.perf_counter() - begun)
+        _report(folder, chosen.nproc, time.perf_counter() - begun)
     return status
 
 
@@ -86,6 +101,8 @@ def _report(folder: Path, nproc: int, seconds: float) -> None:
         print(f"  a sample of 200 bytes ({sample}):\n")
         print("\n".join("    " + line for line in sample.read_text(encoding="utf-8").splitlines()))
     print("\nNext:")
+    if sys.prefix != sys.base_prefix:  # the script of the checkout made and entered this environment by itself
+        print(f"  in a new shell, first  . {shlex.quote(str(Path(sys.prefix, 'bin', 'activate')))}")
     print(f"  train longer           mindspeed quickstart {shlex.quote(str(folder))} --nproc {nproc} --train-iters 1000")
     print("  your own text          mindspeed preprocess --input my.jsonl --output-prefix my --tokenizer-type ByteTokenizer")
     print("  all features           mindspeed features")

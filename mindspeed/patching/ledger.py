@@ -64,9 +64,10 @@ class Row:
 
     def __str__(self) -> str:
         calls = "" if self.calls is None else f", called {self.calls}x"
+        reason = f": {self.reason}" if self.reason else ""
         because = f" because {self.flag}" if self.flag else ""
         aliases = f" (+{len(self.aliases)} aliases)" if self.aliases else ""
-        return f"{self.index:3d} {self.owner}: {self.operation} {self.target}{aliases}{because}{calls}"
+        return f"{self.index:3d} {self.owner}: {self.operation} {self.target}{aliases}{reason}{because}{calls}"
 
 
 class Ledger:

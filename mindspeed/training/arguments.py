@@ -53,6 +53,13 @@ class _Refusing(argparse.ArgumentParser):
         raise ConfigError([Problem("command line", None, message, "see `mindspeed pretrain --help`")])
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something: a switch has none, and None is no value to give."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.nargs == 0 or action.default is None else super()._get_help_string(action)
+
+
 def build_parser(extra_args_provider: ArgumentsProvider | None = None) -> argparse.ArgumentParser:
     """Parser with the trainer's flags, the caller's own and those of all features."""
     from mindspeed.patching import activation, discovery
@@ -62,7 +69,7 @@ def build_parser(extra_args_provider: ArgumentsProvider | None = None) -> argpar
         usage="mindspeed pretrain [--nproc N] <training flags>",
         allow_abbrev=False,
         description="Pretrain a GPT on megatron-core.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     for title, flags in GROUPS.items():
         group = parser.add_argument_group(title)

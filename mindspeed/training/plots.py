@@ -28,19 +28,12 @@ def loss_curve(history: History, path: Path, title: str = "") -> Path | None:
     loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     steps = [point.iteration for point in train]
     marker = "o" if len(train) < 40 else ""
-    loss_axes.plot(steps, [point.loss for point in train], color=_TRAIN, marker=marker, markersize=3, label="training")
+    label = f"training, {train[-1].loss:.3f} at step {steps[-1]}"  # in the legend: beside the last point curves meet
+    loss_axes.plot(steps, [point.loss for point in train], color=_TRAIN, marker=marker, markersize=3, label=label)
     for kind, color, symbol in (("validation", _VALIDATION, "D"), ("test", _RATE, "s")):
         if points := history.of(kind):
             xs, ys = [point.iteration for point in points], [point.loss for point in points]
             loss_axes.plot(xs, ys, color=color, marker=symbol, markersize=5, linestyle="--", label=kind)
-    loss_axes.annotate(
-        f"{train[-1].loss:.3f}",
-        (steps[-1], train[-1].loss),
-        textcoords="offset points",
-        xytext=(-4, 8),
-        ha="right",
-        color=_TRAIN,
-    )
     loss_axes.margins(y=0.12)
     loss_axes.set_ylabel("loss (nats per token)")
     loss_axes.legend(frameon=False)

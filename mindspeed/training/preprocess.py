@@ -8,8 +8,8 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,16 @@ import numpy as np
 import torch
 
 from mindspeed.errors import ConfigError, DataError, Problem
+from mindspeed.training.flag_kinds import int_flag
 from mindspeed.training.flags_run import TOKENIZER
+from mindspeed.training.progress import on_terminal
 from mindspeed.training.tokenizers import build_tokenizer
 
 FORMATS = ("auto", "jsonl", "parquet", "text")
+WORK = (
+    int_flag("--workers", 1, "Processes that tokenize.", at_least=1),
+    int_flag("--log-interval", 10000, "Documents between progress lines.", at_least=1),
+)
 _SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
 
@@ -45,32 +51,39 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="Keys (JSONL) or columns (Parquet) to tokenize.")
     parser.add_argument("--append-eod", action="store_true", help="End every document with the end-of-document token.")
-    parser.add_argument("--workers", type=int, default=1, help="Processes that tokenize.")
-    parser.add_argument("--log-interval", type=int, default=10000, help="Documents between progress lines.")
-    for flag in TOKENIZER:
+    for flag in (*WORK, *TOKENIZER):
         flag.add_to(parser)
     return parser
 
 
-def input_files(given: Sequence[str]) -> list[Path]:
-    """Files that the words of `--input` stand for, folders walked in sorted order.
+def input_files(word: str) -> list[Path]:
+    """Files that a word of `--input` stands for: itself, those of a folder or those that match a pattern, sorted."""
+    path = Path(word)
+    if path.is_dir():
+        return sorted(child for child in path.rglob("*") if child.is_file())
+    if path.is_file():
+        return [path]
+    return sorted(Path(name) for name in glob.glob(word, recursive=True) if os.path.isfile(name))
+
+
+def check(args: argparse.Namespace) -> list[Path]:
+    """The input files of a command line.
 
     Raises:
-        DataError: a word that matches nothing.
+        ConfigError: with everything that is wrong with the command line.
     """
-    files: list[Path] = []
-    for word in given:
-        path = Path(word)
-        if path.is_dir():
-            files += sorted(child for child in path.rglob("*") if child.is_file())
-        elif path.is_file():
-            files.append(path)
-        else:
-            found = sorted(Path(name) for name in glob.glob(word, recursive=True) if os.path.isfile(name))
-            if not found:
-                raise DataError(f"--input {word}: there is no such file or folder. Check the path.")
-            files += found
-    return files
+    problems = [problem for flag in (*WORK, *TOKENIZER) for problem in flag.problems(getattr(args, flag.dest))]
+    if args.tokenizer_type is None:
+        problems.append(Problem("--tokenizer-type", None, "is required", "use ByteTokenizer, which needs no file"))
+    found = {word: input_files(word) for word in args.input}
+    problems += [
+        Problem("--input", word, "there is no such file, no folder with files, and nothing that matches", "check the path")
+        for word, files in found.items()
+        if not files
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return [path for files in found.values() for path in files]
 
 
 def documents(path: Path, form: str, keys: Sequence[str]) -> Iterator[dict[str, str]]:
@@ -151,10 +164,8 @@ def preprocess(args: argparse.Namespace) -> Summary:
     Raises:
         ConfigError, DataError: nothing usable was written.
     """
-    if args.tokenizer_type is None:
-        raise ConfigError([Problem("--tokenizer-type", None, "is required", "use ByteTokenizer, which needs no file")])
     begun = time.perf_counter()
-    files = input_files(args.input)
+    files = check(args)
     encoder = Encoder(args)
     encoder.start()  # here too: a wrong tokenizer is found before workers exist
     texts = (document for path in files for document in documents(path, args.input_format, args.json_keys))
@@ -173,6 +184,24 @@ def _prefix(output: str, key: str) -> str:
     return f"{output}_{key}_document"
 
 
+@contextmanager
+def _telling(interval: int) -> Iterator[Callable[[int, int], None]]:
+    """How far the work is: an updating line on a terminal, elsewhere a line every `interval` documents."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    if not on_terminal():
+
+        def print_sometimes(count: int, tokens: int) -> None:
+            if count % interval == 0:
+                print(f"processed {count} documents, {tokens} tokens", flush=True)
+
+        yield print_sometimes
+        return
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), transient=True) as line:
+        task = line.add_task("tokenizing", total=None)
+        yield lambda count, tokens: line.update(task, description=f"{count:,} documents, {tokens:,} tokens")
+
+
 def _write(encoded: Iterable[dict[str, list[int]]], args: argparse.Namespace, vocab_size: int) -> tuple[int, int]:
     """Write ids as they come, under temporary names that are replaced at the end; returns documents and tokens."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
@@ -185,14 +214,14 @@ def _write(encoded: Iterable[dict[str, list[int]]], args: argparse.Namespace, vo
     }
     count = tokens = 0
     try:
-        for document in encoded:
-            for key, ids in document.items():
-                if ids:
-                    builders[key].add_document(torch.from_numpy(np.asarray(ids, dtype=np.int64)), [len(ids)])
-                    tokens += len(ids)
-            count += 1
-            if count % args.log_interval == 0:
-                print(f"processed {count} documents, {tokens} tokens", flush=True)
+        with _telling(args.log_interval) as tell:
+            for document in encoded:
+                for key, ids in document.items():
+                    if ids:
+                        builders[key].add_document(torch.from_numpy(np.asarray(ids, dtype=np.int64)), [len(ids)])
+                        tokens += len(ids)
+                count += 1
+                tell(count, tokens)
         if tokens == 0:
             raise DataError(f"--input {' '.join(args.input)}: holds no text. Nothing was written.")
         for key, name in names.items():

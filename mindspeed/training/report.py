@@ -96,10 +96,10 @@ def report_memory(name: str) -> None:
     device = torch.cuda
     print(
         f"[Rank {torch.distributed.get_rank()}] {name} memory (MB)"
-        f" | allocated: {device.memory_allocated() / mebi}"
-        f" | max allocated: {device.max_memory_allocated() / mebi}"
-        f" | reserved: {device.memory_reserved() / mebi}"
-        f" | max reserved: {device.max_memory_reserved() / mebi}",
+        f" | allocated: {device.memory_allocated() / mebi:.2f}"
+        f" | max allocated: {device.max_memory_allocated() / mebi:.2f}"
+        f" | reserved: {device.memory_reserved() / mebi:.2f}"
+        f" | max reserved: {device.max_memory_reserved() / mebi:.2f}",
         flush=True,
     )
 

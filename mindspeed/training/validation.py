@@ -127,6 +127,7 @@ def _world(args: argparse.Namespace) -> Iterator[Problem]:
         tp, pp, cp = sizes.values()
         rule = f"tensor {tp} x pipeline {pp} x context {cp} = {product} ranks do not divide it"
         yield Problem("world size", args.world_size, rule, f"start a multiple of {product} processes (--nproc {product})")
+        return  # experts are laid out over the same ranks: their sizes would be blamed for the same mistake
     expert = args.expert_tensor_parallel_size * args.expert_model_parallel_size * args.pipeline_model_parallel_size
     if args.world_size % expert:
         rule = f"expert tensor x expert x pipeline = {expert} ranks do not divide the {args.world_size} processes"

@@ -44,6 +44,9 @@ def _pretrain(argv: list[str]) -> None:
     from mindspeed.platform import current
 
     import_core(current())  # quietly, and without compiling what the device gains nothing from
+    from mindspeed.host.megatron_defaults import allow_one_connection
+
+    allow_one_connection(current().name)  # or the host's layers warn of a CUDA variable that means nothing here
     from mindspeed.training import pretraining
 
     pretraining.pretrain(argv=argv)

@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mindspeed.cli import app, doctor, explain, features
+from mindspeed import __version__
+from mindspeed.cli import app, doctor, explain, features, quickstart
 from mindspeed.cli.messages import show_error
 from mindspeed.errors import CheckpointError, ConfigError, Problem
 
@@ -27,6 +28,24 @@ def test_help_names_every_command():
     assert result.exit_code == 0
     for command in ("doctor", "features", "explain", "preprocess", "pretrain", "quickstart"):
         assert command in result.output
+
+
+def test_the_version_is_told():
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0 and result.output == f"mindspeed {__version__}\n"
+
+
+def test_quickstart_refuses_wrong_counts_before_it_writes(tmp_path):
+    with pytest.raises(ConfigError, match=r"(?s)2 problems.*--nproc 0: must be at least 1.*--train-iters -3"):
+        quickstart.run([str(tmp_path / "run"), "--nproc", "0", "--train-iters", "-3"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_of_training_shows_defaults_that_say_something():
+    from mindspeed.training.arguments import build_parser
+
+    text = build_parser().format_help()
+    assert "(default: 10000)" in text and "default: None" not in text and "default: False" not in text
 
 
 def test_doctor_finds_what_is_here(console):
@@ -60,8 +79,10 @@ def test_one_feature_in_full(console):
 
 
 def test_unknown_features_are_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match="noop-layers"):
+    with pytest.raises(ConfigError, match=r"Did you mean noop-layers\?"):
         features.run("noop-layer")
+    with pytest.raises(ConfigError, match=r"Choose one of .*noop-layers"):
+        features.run("zzz")
 
 
 def test_explain_shows_what_is_on_and_why(console):
@@ -147,7 +168,7 @@ def test_errors_are_shown_as_a_table_or_a_panel(console):
     )
     show_error(CheckpointError("iter_0000007/x.pt is damaged"), console)
     text = console.export_text()
-    assert "2 problem(s)" in text and "--a 3" in text and "use 2 or 4" in text
+    assert "2 problems with this configuration" in text and "--a 3" in text and "use 2 or 4" in text
     assert "checkpoint error" in text and "is damaged" in text
 
 

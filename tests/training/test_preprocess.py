@@ -92,7 +92,7 @@ def test_wrong_input(tmp_path, capsys, name, content, told):
     if name != "nowhere.jsonl":
         (tmp_path / name).write_text(content)
     status = command.run(["--input", str(tmp_path / name), "--output-prefix", str(tmp_path / "out"), *BYTES])
-    assert status == 1
+    assert status == 2
     error = capsys.readouterr().err
     assert all(text in error for text in told), error
     assert not list(tmp_path.glob("out*"))  # nothing half written stays behind
@@ -100,8 +100,17 @@ def test_wrong_input(tmp_path, capsys, name, content, told):
 
 def test_command_line_errors(tmp_path, capsys):
     assert command.run(["--output-prefix", "x"]) == 2
-    assert command.run(["--input", str(jsonl(tmp_path)), "--output-prefix", str(tmp_path / "out")]) == 1
-    assert "--tokenizer-type" in capsys.readouterr().err
+    words = ["--input", str(tmp_path / "nowhere"), "--output-prefix", str(tmp_path / "out"), "--workers", "0"]
+    assert command.run(words) == 2
+    told = capsys.readouterr().err
+    assert "3 problems" in told and all(flag in told for flag in ("--tokenizer-type", "--input", "--workers 0")), told
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    words = ["--input", str(jsonl(tmp_path)), "--output-prefix", str(tmp_path / "file" / "out"), *BYTES]
+    assert command.run(words) == 1
+    assert f"{tmp_path / 'file'}: " in capsys.readouterr().err
 
 
 def test_the_trainer_reads_it(tmp_path):
