@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,32 +125,85 @@ define(
 
 @register_kernel("rotary", "aten", devices=("cpu",))
 def _blocked(x: Tensor, cos: Tensor, sin: Tensor, mode: int) -> Tensor:
-    """Slices of the longest leading dimension, so that float32 work stays in the cache."""
-    wide, size = _checks.wide_dtype(x), cos.shape[-1]
-    y = fresh(x.shape, x.dtype)
-    head, target = x[..., :size], y[..., :size]
-    dim = max(range(3), key=lambda index: x.shape[index])
-    step = block_rows(x.shape[dim], 4 * x.numel() // max(x.shape[dim], 1))
-    shape = [*x.shape[:dim], step, *x.shape[dim + 1 : 3], size]
-    x_buffer, y_buffer = (torch.empty(shape, dtype=wide) for _ in range(2))
-    first, second = _pair(mode, size)
-    pieces = [(head, target, cos.to(wide), sin.to(wide))]
-    if step < x.shape[dim]:  # cutting costs more than the arithmetic of a small tensor
-        long = (value.expand(*value.shape[:dim], x.shape[dim], *value.shape[dim + 1 :]) for value in pieces[0])
-        pieces = zip(*(value.split(step, dim) for value in long), strict=True)
-    for source, result, cosine, sine in pieces:
-        n = source.shape[dim]
-        source = source if source.dtype == wide else x_buffer.narrow(dim, 0, n).copy_(source)
-        out = torch.mul(source, cosine, out=result if result.dtype == wide else y_buffer.narrow(dim, 0, n))
-        out[first].addcmul_(source[second], sine[first], value=-1)
-        out[second].addcmul_(source[first], sine[second])
-        if out is not result:
-            result.copy_(out)
-    if size < x.shape[-1]:
-        y[..., size:] = x[..., size:]
-    return y
+    return _rotated(x, cos, sin, mode, 1)
 
 
 @register_kernel("rotary_backward", "aten", devices=("cpu",))
 def _blocked_backward(dy: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor, mode: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _blocked(dy, cos, back(sin, mode), mode), *_table_gradients(dy, x, cos, mode)
+    return _rotated(dy, cos, sin, mode, -1), *_table_gradients(dy, x, cos, mode)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, mode: int, sign: int) -> Tensor:
+    """The rotation (sign 1) or its transpose (sign -1), in slices of the longest leading dimension, so that work stays in the cache.
+
+    16-bit input is widened into a buffer and narrowed from another. Slices are views made once, by `split`: cutting a slice in
+    Python costs as much as the arithmetic of a few thousand elements.
+    """
+    wide, size = _checks.wide_dtype(x), cos.shape[-1]
+    y = fresh(x.shape, x.dtype)
+    if size < x.shape[-1]:
+        y[..., size:] = x[..., size:]
+    head, target = x[..., :size], y[..., :size]
+    turn = _complex_turn(cos, sin, wide, sign) if mode == INTERLEAVED else None
+    turn = turn or _real_turn(cos, sin, wide, mode, sign)
+    dim = max(range(3), key=lambda index: x.shape[index])
+    step = block_rows(x.shape[dim], 4 * x.numel() // max(x.shape[dim], 1))
+    tables = [_cut(table, dim, x.shape[dim], step) for table in turn.tables]
+    if x.dtype == wide and turn.takes(head) and turn.takes(target):
+        sides = [zip(*(view.split(step, dim) for view in turn.views(side)), strict=True) for side in (head, target)]
+        for source, result, *table in zip(*sides, *tables, strict=True):
+            turn.apply(source, result, *table)
+        return y
+    buffers = [torch.empty(*x.shape[:dim], step, *x.shape[dim + 1 : 3], size, dtype=wide) for _ in range(2)]
+    views = [turn.views(buffer) for buffer in buffers]
+    for source, result, *table in zip(head.split(step, dim), target.split(step, dim), *tables, strict=True):
+        if source.shape[dim] < step:  # the last one
+            buffers = [buffer.narrow(dim, 0, source.shape[dim]) for buffer in buffers]
+            views = [turn.views(buffer) for buffer in buffers]
+        buffers[0].copy_(source)
+        turn.apply(*views, *table)
+        result.copy_(buffers[1])
+    return y
+
+
+class _Turn(NamedTuple):
+    """How slices are rotated: the views of a slice that `apply(x views, y views, *tables)` works on, and what it multiplies with."""
+
+    tables: tuple[Tensor, ...]
+    views: Callable[[Tensor], tuple[Tensor, ...]]
+    apply: Callable[..., None]
+    takes: Callable[[Tensor], bool]
+
+
+def _real_turn(cos: Tensor, sin: Tensor, wide: torch.dtype, mode: int, sign: int) -> _Turn:
+    first, second = _pair(mode, cos.shape[-1])
+
+    def apply(x: tuple[Tensor, ...], y: tuple[Tensor, ...], cosine: Tensor, sine_first: Tensor, sine_second: Tensor) -> None:
+        (whole, x_first, x_second), (out, out_first, out_second) = x, y
+        torch.mul(whole, cosine, out=out)
+        out_first.addcmul_(x_second, sine_first, value=-sign)
+        out_second.addcmul_(x_first, sine_second, value=sign)
+
+    sin = sin.to(wide)
+    sines = (sin[first], sin[second]) if sign == 1 else (sin[second], sin[first])  # the transpose takes the partner's sine
+    return _Turn((cos.to(wide), *sines), lambda value: (value, value[first], value[second]), apply, lambda value: True)
+
+
+def _complex_turn(cos: Tensor, sin: Tensor, wide: torch.dtype, sign: int) -> _Turn | None:
+    """Neighbours as complex numbers, one pass instead of three; None if the members of some pair have different angles."""
+    if not all(torch.equal(table[..., 0::2], table[..., 1::2]) for table in (cos, sin)):
+        return None
+    table = torch.complex(cos[..., 0::2].to(wide), sin[..., 0::2].to(wide) * sign)
+
+    def apply(x: tuple[Tensor, ...], y: tuple[Tensor, ...], factor: Tensor) -> None:
+        torch.mul(x[0], factor, out=y[0])
+
+    def viewable(value: Tensor) -> bool:
+        return value.stride(-1) == 1 and all(step % 2 == 0 for step in (*value.stride()[:-1], value.storage_offset()))
+
+    return _Turn((table,), lambda value: (torch.view_as_complex(value.unflatten(-1, (-1, 2))),), apply, viewable)
+
+
+def _cut(table: Tensor, dim: int, size: int, step: int) -> Sequence[Tensor]:
+    """Slices of a table for the slices of `size` rows; the same one for all if it is broadcast there."""
+    return table.split(step, dim) if table.shape[dim] == size else [table] * -(-size // step)

@@ -61,6 +61,29 @@ def test_many_blocks_equal_one(positions, dtype):
     torch.testing.assert_close(rotary(x, table, table), expected)
 
 
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("mode", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_packed_queries_and_keys(dtype, mode, paired):
+    """Views into a packed tensor that begin anywhere, a part of the head, and a last block that is shorter."""
+    packed = torch.randn(3001, 1, 4, 2 * 33).to(dtype)
+    cos, sin = torch.randn(3001, 1, 1, 16).to(dtype), torch.randn(3001, 1, 1, 16).to(dtype)
+    if paired:  # as tables of angles are: one angle a pair
+        cos, sin = (half.repeat_interleave(2, -1) if mode else half.repeat(1, 1, 1, 2) for half in (cos, sin))
+    size = cos.shape[-1]
+    for start, width in ((0, 33), (33, 33), (34, 32), (1, 32)):
+        x = packed[..., start : start + width].detach().requires_grad_()
+        dy = packed[..., 66 - width :]
+        values = []
+        for body in ("auto", "ref"):
+            with backends(f"rotary={body}"):
+                y = rotary(x, cos, sin, mode)
+                values.append((y, *torch.autograd.grad(y, x, dy)))
+        for ours, reference in zip(*values, strict=True):
+            torch.testing.assert_close(ours, reference)
+            assert torch.equal(ours[..., size:], reference[..., size:])
+
+
 def test_float32_tables_with_16_bit_input():
     x, cos, sin = torch.randn(4, 1, 2, 8).bfloat16(), torch.randn(4, 1, 1, 8), torch.randn(4, 1, 1, 8)
     y = rotary(x, cos, sin)
