@@ -240,14 +240,17 @@ def check(
     features = tuple(features)
     active, problems = _survey(features, args, run)
     problems = [*more, *problems]
+    sound = []
     for one in active:
+        known = len(problems)
         try:
             problems += one.feature.check(one.flags, run)
         except MissingArgument as error:
             problems.append(_missing(one.why if one.why.startswith("--") else one.name, error))
+        sound += [one] if len(problems) == known else []
     for feature, flags in off(features, active, args):
         problems += feature.check_off(flags, run)
-    problems += _unmet(active, features)
+    problems += _unmet(sound, active, features)
     problems += _combined(active)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
@@ -263,14 +266,16 @@ def off(features: Iterable[Feature], active: Iterable[Active], args: argparse.Na
                 yield feature, read_flags(feature.flags, vars(args))
 
 
-def _unmet(active: Iterable[Active], features: Iterable[Feature]) -> Iterator[Problem]:
+def _unmet(asked: Iterable[Active], active: Iterable[Active], features: Iterable[Feature]) -> Iterator[Problem]:
+    """Needs of the features in `asked` that are off; a feature that was refused has said why already."""
     on = {one.name for one in active}
     by_name = {feature.name: feature for feature in features}
-    for one in active:
+    for one in asked:
         for need in one.feature.needs:
             if need not in on:
                 options = [spec.option for spec in by_name[need].specs] if need in by_name else []
-                fix = f"add {options[0]}" if options else f"switch on {need}"
+                switch = by_name[need].switch if need in by_name else ""
+                fix = f"give {switch}" if switch else f"add {options[0]}" if options else f"switch on {need}"
                 yield Problem(one.why, None, f"needs the feature {need}, which is off", fix)
 
 

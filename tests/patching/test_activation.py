@@ -227,6 +227,37 @@ def test_needs_and_conflicts_do_not_depend_on_order():
     )
 
 
+def test_a_need_names_what_switches_it_on_and_is_not_told_beside_a_refusal():
+    class Base(Feature):
+        """Is switched on by a number."""
+
+        name = "base"
+        switch = "--width above 1"
+
+        def why(self, flags, run):
+            return ""
+
+    class Above(Feature):
+        """Builds on it."""
+
+        name = "above"
+        needs = ("base",)
+
+        def why(self, flags, run):
+            return "--above"
+
+        def check(self, flags, run):
+            return [Problem("--above", None, "is refused", "remove it")] if run.faster else []
+
+    def told(faster):
+        with pytest.raises(ConfigError) as caught:
+            steps.check((Base(), Above()), argparse.Namespace(faster=faster), platform="cpu")
+        return [str(problem) for problem in caught.value.problems]
+
+    assert told(False) == ["--above: needs the feature base, which is off. Give --width above 1."]
+    assert told(True) == ["--above: is refused. Remove it."]
+
+
 def test_an_argument_that_the_run_lacks_is_a_problem_and_no_traceback():
     namespace = argparse.Namespace(faster=True)
     texts = problems_of(namespace)

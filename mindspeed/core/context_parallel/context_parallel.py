@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from mindspeed.core.context_parallel.plan import (
 from mindspeed.notices import log_once, warn_once
 from mindspeed.patching import Change, Feature, Problem, RunShape, flag
 
+_SIZES = "--hierarchical-context-parallel-sizes"
 _COMM_TYPES = {"p2p": RING, "a2a": ULYSSES, "allgather": GATHER, "a2a+p2p": HYBRID}
 
 
@@ -66,6 +68,8 @@ class ContextParallel(Feature):
     def check(self, flags: ContextParallelFlags, run: RunShape) -> Iterator[Problem]:
         """Every rule, with the numbers that break it."""
         yield from _comm_type_rules(flags, run)
+        yield from _hierarchy_rules(run)
+        yield from _degree_of_hierarchy(flags, run)
         yield from _length_rules(flags, run)
         yield from _head_rules(flags, run)
         yield from _degree_rules(flags, run)
@@ -76,6 +80,7 @@ class ContextParallel(Feature):
     def check_off(self, flags: ContextParallelFlags, run: RunShape) -> Iterator[Problem]:
         """The host refuses its own flag without us, in an assertion about Transformer Engine."""
         _old_names(run)
+        yield from _hierarchy_rules(run)
         if (run.get("context_parallel_size") or 1) > 1:
             rule = f"needs --optimization-level 2 (given {run.get('optimization_level')})"
             yield Problem("--context-parallel-size", run.context_parallel_size, rule, "give it, or use size 1")
@@ -99,12 +104,31 @@ def _comm_type_rules(flags: ContextParallelFlags, run: RunShape) -> Iterator[Pro
     if kind is None:
         return
     if kind not in _COMM_TYPES:
-        yield Problem(
-            "--cp-comm-type", kind, "different types per layer are not supported", f"use one of {', '.join(_COMM_TYPES)}"
-        )
+        rule = "different types per layer are not supported" if "," in kind else "is not a type"
+        yield Problem("--cp-comm-type", kind, rule, f"use one of {', '.join(_COMM_TYPES)}")
     elif "context_parallel_algo" in run.given and flags.context_parallel_algo != _COMM_TYPES[kind]:
         rule = f"contradicts --context-parallel-algo {flags.context_parallel_algo}"
         yield Problem("--cp-comm-type", kind, rule, "give one of the two")
+
+
+def _hierarchy_rules(run: RunShape) -> Iterator[Problem]:
+    """The host makes groups of these sizes, whatever the algorithm."""
+    sizes, size = run.get("hierarchical_context_parallel_sizes"), run.get("context_parallel_size") or 1
+    if sizes and math.prod(map(int, sizes)) != size:
+        rule = f"have the product {math.prod(map(int, sizes))}, not --context-parallel-size {size}"
+        yield Problem(_SIZES, " ".join(map(str, sizes)), rule, "give the Ulysses degree and the size of rings, or remove it")
+
+
+def _degree_of_hierarchy(flags: ContextParallelFlags, run: RunShape) -> Iterator[Problem]:
+    sizes, degree = run.get("hierarchical_context_parallel_sizes"), flags.ulysses_degree_in_cp
+    if not sizes:
+        return
+    if flags.context_parallel_algo not in WITH_DEGREE:
+        warn_once(f"{_SIZES} has no effect with %s", flags.context_parallel_algo)
+    elif degree and [int(sizes[0]), len(sizes)] != [degree, 2]:
+        rule = f"are not those of --ulysses-degree-in-cp {degree} and its rings"
+        fix = f"give {degree} {run.context_parallel_size // degree}, or one of the two flags"
+        yield Problem(_SIZES, " ".join(map(str, sizes)), rule, fix)
 
 
 def _length_rules(flags: ContextParallelFlags, run: RunShape) -> Iterator[Problem]:

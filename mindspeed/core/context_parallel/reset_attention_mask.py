@@ -45,14 +45,8 @@ class ResetAttentionMask(Feature):
                 yield Problem(OPTION, None, "a mask is set with set_attention_mask too", "pick one of the two")
             if run.get("tokenizer_type") == "NullTokenizer" and run.get("vocab_size") is None:
                 yield Problem(OPTION, None, "needs a tokenizer with an end-of-document token", "choose another one")
-            if not fused and run.get("create_attention_mask_in_dataloader") is False:
-                rule = "needs flash attention, or masks from the data set, which --no-create-attention-mask-in-dataloader drops"
-                yield Problem(OPTION, None, rule, "add --use-flash-attn")
-            elif not fused and _has_inner_chunks(run):
-                rule = (
-                    "needs flash attention where a pipeline chunk is neither first nor last: it gets no mask from the data set"
-                )
-                yield Problem(OPTION, None, rule, "add --use-flash-attn")
+            if not fused:
+                yield from _dense_mask_rules(run, "add --use-flash-attn")
         size, length = flags.fix_sub_seq_length, run.get("seq_length")
         if size and not run.get("reset_attention_mask"):
             yield Problem(FIXED, size, f"needs {OPTION}", f"add {OPTION} or remove it")
@@ -61,12 +55,30 @@ class ResetAttentionMask(Feature):
         if length is not None and size > length:
             yield Problem(FIXED, size, f"must not exceed --seq-length {length}", f"use 1 to {length}")
 
+    def check_off(self, flags: ResetAttentionMaskFlags, run: RunShape) -> Iterator[Problem]:
+        """Below the level of this feature, only masks of the data set keep documents apart."""
+        level = f"--optimization-level {self.level}"
+        if flags.fix_sub_seq_length:
+            yield Problem(FIXED, flags.fix_sub_seq_length, f"needs {level} (given {run.get('optimization_level')})", "give it")
+        if run.get("reset_attention_mask"):
+            yield from _dense_mask_rules(run, f"add --use-flash-attn at {level}")
+
     def patches(self, flags: ResetAttentionMaskFlags, host: Any) -> Iterator[Patch]:
         """Look at the tokenizer as soon as there is one, before any process group exists."""
         if not flags.fix_sub_seq_length:
             yield wrap(
                 "training:build_tokenizer", _with_end, reason="refuses a tokenizer without end of document", optional=True
             )
+
+
+def _dense_mask_rules(run: RunShape, remedy: str) -> Iterator[Problem]:
+    """What leaves the host's own attention without a mask that keeps documents apart."""
+    if run.get("create_attention_mask_in_dataloader") is False:
+        rule = "needs flash attention, or masks from the data set, which --no-create-attention-mask-in-dataloader drops"
+        yield Problem(OPTION, None, rule, remedy)
+    elif _has_inner_chunks(run):
+        rule = "needs flash attention where a pipeline chunk is neither first nor last: it gets no mask from the data set"
+        yield Problem(OPTION, None, rule, remedy)
 
 
 def _has_inner_chunks(run: RunShape) -> bool:

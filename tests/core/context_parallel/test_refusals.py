@@ -73,6 +73,11 @@ REFUSED = {
     "more tokens": (f"{FOUR} --mtp-num-layers 1 --position-embedding-type rope", "--mtp-num-layers 1: does not work with context parallelism"),
     "contradiction": (f"{ULYSSES} --cp-comm-type p2p", "--cp-comm-type p2p: contradicts --context-parallel-algo ulysses_cp_algo"),
     "types per layer": (f"{FOUR} --cp-comm-type p2p a2a a2a a2a", "--cp-comm-type a2a, p2p: different types per layer"),
+    "no type": (f"{FOUR} --cp-comm-type ring", "--cp-comm-type ring: is not a type. Use one of p2p, a2a, allgather, a2a+p2p"),
+    "sizes of groups": (f"{FOUR} --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 3", "--hierarchical-context-parallel-sizes 2 3: have the product 6, not --context-parallel-size 4"),
+    "sizes alone": ("--hierarchical-context-parallel-sizes 2 2", "--hierarchical-context-parallel-sizes 2 2: have the product 4, not --context-parallel-size 1"),
+    "sizes and degree": (f"{HYBRID} --ulysses-degree-in-cp 2 --hierarchical-context-parallel-sizes 4 1", "--hierarchical-context-parallel-sizes 4 1: are not those of --ulysses-degree-in-cp 2 and its rings. Give 2 2"),
+    "adaptive alone": ("--context-parallel-algo adaptive_cp_algo --adaptive-cp-only-reschedule", "--adaptive-cp-only-reschedule: needs the feature context-parallel, which is off. Give --context-parallel-size above 1"),
 }  # fmt: skip
 
 

@@ -217,6 +217,11 @@ FUSED = dict(reset_attention_mask=True, use_flash_attn=True, seq_length=128, cre
                 dict(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1, num_layers=4),
             )
         ],
+        (
+            dict(optimization_level=1),
+            "--reset-attention-mask: needs flash attention, .* drops. Add --use-flash-attn at --optimization-level 2",
+        ),
+        (dict(fix_sub_seq_length=8, optimization_level=0), "--fix-sub-seq-length 8: needs --optimization-level 2 .given 0"),
         (dict(tokenizer_type="NullTokenizer"), "--reset-attention-mask: needs a tokenizer with an end-of-document token"),
     ],
 )
