@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mindspeed.ops._transfer import to_device
+
 
 def block_index(lengths: Tensor, tokens: int, heads: int) -> Tensor:
     """[T, N] positions, in the sequence-block arrangement, of each (token, head); `lengths` [sequences] on any device.
@@ -43,6 +45,4 @@ def lengths_of(ends: list[int], device: torch.device) -> Tensor:
     ends = list(ends)
     while ends and ends[-1] == 0:
         ends.pop()
-    return torch.tensor(
-        [end - start for start, end in zip([0, *ends[:-1]], ends, strict=bool(ends))], dtype=torch.int64, device=device
-    )
+    return to_device([end - start for start, end in zip([0, *ends[:-1]], ends, strict=bool(ends))], device)
