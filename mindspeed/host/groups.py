@@ -29,7 +29,7 @@ _ACCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class ParallelGroups:
-    """megatron-core's groups, asked when they are needed: they may be destroyed and made anew."""
+    """The part that all hosts share: megatron-core's groups, asked when needed, since they may be destroyed and made anew."""
 
     def group(self, name: str) -> ProcessGroup:
         """Process group by short name (see `mindspeed.host.protocol.GROUPS`).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mindspeed.errors import TargetError
 from mindspeed.host.events import Events
@@ -14,9 +14,6 @@ from mindspeed.host.megatron_checkpoints import CheckpointGuard
 from mindspeed.host.megatron_events import event_patches
 from mindspeed.patching.patch import Patch
 from mindspeed.patching.resolve import resolve
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 EVENT_OWNER = "host.events"
 CHECKPOINT_OWNER = "host.checkpoints"
@@ -33,7 +30,7 @@ _TRAINING_MODULES = (
 )
 
 
-class MegatronHost:
+class MegatronHost(ParallelGroups):
     """A Megatron-LM checkout; see `mindspeed.host.protocol.Host`."""
 
     kind = "megatron-lm"
@@ -41,7 +38,6 @@ class MegatronHost:
     def __init__(self, args: argparse.Namespace | None = None) -> None:
         self.args = args or argparse.Namespace()  # empty until the host has validated them
         self.events = Events()
-        self._groups = ParallelGroups()
         self._checkpoints = CheckpointGuard(self)
 
     def target(self, logical: str) -> str:
@@ -57,18 +53,6 @@ class MegatronHost:
             if _defines(module, name):
                 return f"{module}:{name}"
         raise TargetError(f"megatron.training has no function {name!r}; looked in {', '.join(_TRAINING_MODULES)}")
-
-    def group(self, name: str) -> ProcessGroup:
-        """Process group by short name."""
-        return self._groups.group(name)
-
-    def size(self, name: str) -> int:
-        """World size of a group by short name."""
-        return self._groups.size(name)
-
-    def rank(self, name: str) -> int:
-        """Rank of this process in a group by short name."""
-        return self._groups.rank(name)
 
     def load(self, target: str) -> Any:
         """The object that a target names."""

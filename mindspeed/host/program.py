@@ -8,16 +8,13 @@ import difflib
 import importlib
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mindspeed.errors import ConfigError, Problem, TargetError
 from mindspeed.host.events import Events
 from mindspeed.host.groups import ParallelGroups
 from mindspeed.patching.patch import Patch, wrap
 from mindspeed.patching.resolve import load
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 # What a model or run cannot do without: a default would be a guess, so features learn that it is unknown.
 _NO_DEFAULT = frozenset(
@@ -29,7 +26,7 @@ OWNER = "host.program"
 LOOP_EVENTS = ("log_line", "train_begin", "train_end")
 
 
-class ProgramHost:
+class ProgramHost(ParallelGroups):
     """Answers features' questions from megatron-core alone.
 
     Attributes:
@@ -41,7 +38,6 @@ class ProgramHost:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.events = Events()
-        self._groups = ParallelGroups()
         self._watch = _Watch(self.events)
 
     def target(self, logical: str) -> str:
@@ -53,18 +49,6 @@ class ProgramHost:
         if logical.startswith("training:"):
             raise TargetError(f"{logical} does not exist: this program brings its own training loop")
         return logical
-
-    def group(self, name: str) -> ProcessGroup:
-        """Process group by short name."""
-        return self._groups.group(name)
-
-    def size(self, name: str) -> int:
-        """World size of a group by short name."""
-        return self._groups.size(name)
-
-    def rank(self, name: str) -> int:
-        """Rank of this process in a group by short name."""
-        return self._groups.rank(name)
 
     def load(self, target: str) -> Any:
         """The object that a target names."""

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mindspeed.errors import TargetError
 from mindspeed.host.events import Events
 from mindspeed.host.groups import ParallelGroups
 from mindspeed.patching.resolve import load
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 # logical name -> module of mindspeed.training that defines it
 FUNCTIONS: dict[str, str] = {
@@ -50,7 +47,7 @@ FUNCTIONS: dict[str, str] = {
 }
 
 
-class TrainerHost:
+class TrainerHost(ParallelGroups):
     """Answers features' questions for `mindspeed pretrain`. The loop fires the events itself."""
 
     kind = "trainer"
@@ -58,7 +55,6 @@ class TrainerHost:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.events = Events()
-        self._groups = ParallelGroups()
 
     def target(self, logical: str) -> str:
         """`training:train_step` -> `mindspeed.training.loop:train_step`; other targets stay as they are.
@@ -73,18 +69,6 @@ class TrainerHost:
         if function not in FUNCTIONS:
             raise TargetError(f"the built-in trainer has no {logical}; it has {', '.join(FUNCTIONS)}")
         return f"mindspeed.training.{FUNCTIONS[function]}:{function}{dot}{attribute}"
-
-    def group(self, name: str) -> ProcessGroup:
-        """Process group by short name."""
-        return self._groups.group(name)
-
-    def size(self, name: str) -> int:
-        """World size of a group by short name."""
-        return self._groups.size(name)
-
-    def rank(self, name: str) -> int:
-        """Rank of this process in a group by short name."""
-        return self._groups.rank(name)
 
     def load(self, target: str) -> Any:
         """The object that a target names."""

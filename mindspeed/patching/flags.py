@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,8 +186,3 @@ def _convert(spec: FlagSpec, value: Any, problems: list[Problem]) -> Any:
         problems.append(Problem(spec.option, value, f"cannot be read ({error})", "see --help for the form"))
         return spec.default
     return value
-
-
-def default_values(flags_classes: Iterable[type]) -> dict[str, Any]:
-    """Defaults of all flags of several classes, by destination name."""
-    return {spec.dest: spec.default for flags_class in flags_classes for spec in flag_specs(flags_class)}

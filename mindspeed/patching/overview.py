@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from mindspeed.patching.conflicts import is_layer
 from mindspeed.patching.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -102,9 +101,3 @@ def operator_table(rows: Iterable[tuple[str, str, Ran]]) -> Table:
     for feature, name, ran in rows:
         table.add_row(feature, name, ran.device, Text(ran.kernel, style="bold"), ran.reason)
     return table
-
-
-def ground_summary(ledger: Ledger) -> str:
-    """One line about the changes that no feature made."""
-    rows = [row for row in ledger.rows if is_layer(row.owner)]
-    return f"{len(rows)} changes by {', '.join(sorted({row.owner for row in rows}))}" if rows else "no changes"

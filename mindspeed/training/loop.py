@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
@@ -32,7 +32,25 @@ from mindspeed.training.report import (
 from mindspeed.training.run_state import ParamGatherHooks, Run
 from mindspeed.training.session import current, get_args, get_timers
 
-StepResult = tuple[dict[str, torch.Tensor], int, bool, bool, int, float | None, float | None]
+
+class StepOutcome(NamedTuple):
+    """What a step did; the host's `train_step` returns the same seven values.
+
+    Attributes:
+        losses: by name, scalars; empty but on the last pipeline stage.
+        skipped: 1 when the optimizer left the weights alone, else 0.
+        should_checkpoint, should_exit, exit_code: what the rerun machine asks for.
+        grad_norm: of all gradients before clipping; None when clipping is off.
+        zeros: gradient elements that are zero; None unless they are counted.
+    """
+
+    losses: dict[str, torch.Tensor]
+    skipped: int
+    should_checkpoint: bool
+    should_exit: bool
+    exit_code: int
+    grad_norm: float | None
+    zeros: float | None
 
 
 def train_step(
@@ -42,13 +60,8 @@ def train_step(
     optimizer: Any,
     opt_param_scheduler: Any,
     config: Any,
-) -> StepResult:
-    """Forward and backward over all micro batches, then the optimizer.
-
-    Returns:
-        Losses (on the last stage), whether the update was skipped (0 or 1), whether to save, whether to
-        exit, the exit code, gradient norm, number of zero gradient elements.
-    """
+) -> StepOutcome:
+    """Forward and backward over all micro batches, then the optimizer."""
     args, timers = get_args(), get_timers()
     machine = get_rerun_state_machine()
     losses: list[dict[str, Any]] = []
@@ -66,9 +79,9 @@ def train_step(
             decoder_seq_length=args.decoder_seq_length,
             forward_only=False,
         )
-    should_checkpoint, should_exit, exit_code = machine.should_checkpoint_and_exit()
-    if should_exit:
-        return {}, 1, should_checkpoint, should_exit, exit_code, None, None
+    asked = machine.should_checkpoint_and_exit()
+    if asked[1]:
+        return StepOutcome({}, 1, *asked, None, None)
     _release_memory(1)
     timers("optimizer", log_level=1).start(barrier=args.barrier_with_L1_time)
     updated, grad_norm, zeros = optimizer.step()
@@ -82,7 +95,7 @@ def train_step(
         opt_param_scheduler.step(increment=get_num_microbatches() * args.micro_batch_size * args.data_parallel_size)
     _release_memory(2)
     reduced = _mean_losses(losses) if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else {}
-    return reduced, int(not updated), should_checkpoint, should_exit, exit_code, grad_norm, zeros
+    return StepOutcome(reduced, int(not updated), *asked, grad_norm, zeros)
 
 
 def _release_memory(level: int) -> None:
@@ -140,16 +153,15 @@ def train(
         profiler.before(run.iteration)
         outcome = _step(run)
         profiler.after(run.iteration)
-        if outcome[2]:
+        if outcome.should_checkpoint:
             leaving.save_now(run, hooks)
-        if outcome[3]:
-            exit_code = outcome[4]
+        if outcome.should_exit:
+            exit_code = outcome.exit_code
             current().notes["leaving"] = True
             break
-        hooks.after_step(skipped=bool(outcome[1]))
+        hooks.after_step(skipped=bool(outcome.skipped))
         report_memory = _log_step(run, outcome, totals, report_memory)
-        if args.do_valid and args.eval_interval and run.iteration % args.eval_interval == 0:
-            _evaluate(run, hooks, process_non_loss_data_func, non_loss_data_func)
+        _maybe_evaluate(run, hooks, process_non_loss_data_func, non_loss_data_func)
         _between_steps(run, hooks)
         if leaving.save_or_leave(run, hooks):
             current().notes["leaving"] = True
@@ -213,12 +225,13 @@ def _skip_step(run: Run) -> None:
     args.skipped_train_samples += samples
 
 
-def _step(run: Run) -> StepResult:
+def _step(run: Run) -> StepOutcome:
     args = get_args()
     args.curr_iteration = run.iteration
     current().events.fire("step_begin", iteration=run.iteration)
-    outcome = train_step(run.forward_step, run.train_data, run.model, run.optimizer, run.scheduler, run.config)
-    if outcome[3]:
+    # a feature may have put a function of its own there, which returns a plain tuple
+    outcome = StepOutcome(*train_step(run.forward_step, run.train_data, run.model, run.optimizer, run.scheduler, run.config))
+    if outcome.should_exit:
         return outcome
     current().events.fire("step_end", iteration=run.iteration)
     run.iteration += 1
@@ -229,19 +242,22 @@ def _step(run: Run) -> StepResult:
     return outcome
 
 
-def _log_step(run: Run, outcome: StepResult, totals: dict[str, Any], report_memory: bool) -> bool:
+def _log_step(run: Run, outcome: StepOutcome, totals: dict[str, Any], report_memory: bool) -> bool:
     args, optimizer = get_args(), run.optimizer
-    losses, skipped, _, _, _, grad_norm, zeros = outcome
     scale = 1.0 if optimizer.is_stub_optimizer else optimizer.get_loss_scale().item()
     rates = {group["is_decoupled_lr"]: group["lr"] for group in optimizer.param_groups}
     norm = calc_params_l2_norm(run.model) if args.log_params_norm else None
     return logging.training_log(
-        losses, totals, rates.get(False), rates.get(True), run.iteration, scale, report_memory, skipped, grad_norm, norm, zeros
-    )
+        outcome.losses, totals, rates.get(False), rates.get(True), run.iteration, scale, report_memory, outcome.skipped,
+        outcome.grad_norm, norm, outcome.zeros,
+    )  # fmt: skip
 
 
-def _evaluate(run: Run, hooks: ParamGatherHooks, process: Any, extra: Any) -> None:
+def _maybe_evaluate(run: Run, hooks: ParamGatherHooks, process: Any, extra: Any) -> None:
+    """Evaluate when `--eval-interval` says so; its time does not count as training time."""
     args, timers = get_args(), get_timers()
+    if not (args.do_valid and args.eval_interval) or run.iteration % args.eval_interval:
+        return
     timers("interval-time").stop()
     hooks.pause()
     if args.manual_gc and args.manual_gc_eval:

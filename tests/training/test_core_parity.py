@@ -11,11 +11,33 @@ from tests.training.runs import TINY, train
 STEPS = 10
 
 
+def samples_by_hand():
+    """The host's mock documents, one sample a batch."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
+
+    from mindspeed.training.tokenizers import NullTokenizer
+
+    data = GPTDatasetConfig(
+        random_seed=1234, sequence_length=32, blend=None, blend_per_split=None, split=None, path_to_cache=None, mmap_bin_files=True,
+        tokenizer=NullTokenizer(8191), reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
+    )  # fmt: skip
+    dataset, *_ = BlendedMegatronDatasetBuilder(MockGPTDataset, [STEPS * 4, 0, 0], lambda: True, data).build()
+    return iter(torch.utils.data.DataLoader(dataset, batch_size=1))
+
+
+def digest_of(model) -> str:
+    """One number for all names and bits of the weights."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(weight.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def by_hand() -> tuple[list[float], str]:
     """What the documentation of megatron-core shows, in forty lines; needs its groups and torch's platform ready."""
     from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -23,8 +45,6 @@ def by_hand() -> tuple[list[float], str]:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.transformer import TransformerConfig
-
-    from mindspeed.training.tokenizers import NullTokenizer
 
     torch.manual_seed(1234)
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
@@ -43,12 +63,7 @@ def by_hand() -> tuple[list[float], str]:
         start_wd=0.01, end_wd=0.01, wd_incr_steps=40, wd_incr_style="constant",
     )  # fmt: skip
     config.grad_scale_func = optimizer.scale_loss
-    data = GPTDatasetConfig(
-        random_seed=1234, sequence_length=32, blend=None, blend_per_split=None, split=None, path_to_cache=None, mmap_bin_files=True,
-        tokenizer=NullTokenizer(8191), reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
-    )  # fmt: skip
-    dataset, *_ = BlendedMegatronDatasetBuilder(MockGPTDataset, [STEPS * 4, 0, 0], lambda: True, data).build()
-    samples = iter(torch.utils.data.DataLoader(dataset, batch_size=1))
+    samples = samples_by_hand()
 
     def forward(iterator, chunk):
         batch = next(iterator)
@@ -72,12 +87,8 @@ def by_hand() -> tuple[list[float], str]:
         optimizer.step()
         schedule.step(increment=4)
         curve.append(float(sum(r["lm loss"][0] for r in reports) / sum(r["lm loss"][1] for r in reports)))
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(weight.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     assert parallel_state.is_initialized()
-    return curve, digest.hexdigest()
+    return curve, digest_of(model)
 
 
 def test_ten_steps_are_bitwise_those_of_megatron_core(tmp_path):
