@@ -32,6 +32,7 @@ from mindspeed.host.repairs import (
     numpy_names,
     optimizer_order,
     param_groups,
+    random_streams,
     transformer_engine,
     type_strings,
 )
@@ -59,6 +60,7 @@ REPAIRS: dict[str, ModuleType] = {
     "repair.datasets": datasets,
     "repair.optimizer-order": optimizer_order,
     "repair.param-groups": param_groups,
+    "repair.random-streams": random_streams,
 }
 # Modules that the repairs change or that hold compiled functions; imported first, with compilation off.
 _CORE_MODULES = (
