@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ class _Pending(threading.local):
         self.boundaries: Boundaries | None = None
         self.layout: SequenceLayout | None = None
         self.iterator: Any = None
+        self.last: tuple[ReferenceType[Tensor], SequenceLayout] | None = None  # tokens that were cut, and how
 
 
 @dataclass
@@ -81,6 +83,8 @@ class BatchLayouts:
         sliced = slice_batch(batch, layout, rank)
         for key in batch:
             batch[key] = sliced[key]
+        if isinstance(batch.get("tokens"), Tensor):
+            self._pending.last = ref(batch["tokens"]), layout
         return batch
 
     def _take_layout(self, length: int) -> SequenceLayout:
@@ -101,14 +105,17 @@ class BatchLayouts:
             self._pending.iterator = before
 
     @contextmanager
-    def around_model(self, length: int | None = None, *, reads: bool = True) -> Iterator[None]:
+    def around_model(self, length: int | None = None, *, reads: bool = True, tokens: Tensor | None = None) -> Iterator[None]:
         """Open the scope of the micro batch at hand.
 
         Args:
             length: S as the model sees it, for a model whose batch was not cut here.
             reads: whether the program reads batches for this stage; else the next sample is drawn to learn its documents.
+            tokens: what the model is called with; a second model, or a second call, on the tokens of a batch shares its layout.
         """
         layout, self._pending.layout = self._pending.layout, None
+        if layout is None and tokens is not None and self._pending.last is not None and self._pending.last[0]() is tokens:
+            layout = self._pending.last[1]
         if layout is None and reads and self.maker.plan.size > 1 and not self.maker.plan.holds_zigzag:
             warn_once(
                 "context parallelism: this batch was not cut by get_batch_on_this_cp_rank; %s expects the tokens of its own layout, "
@@ -120,6 +127,11 @@ class BatchLayouts:
                 first = self.tensor_group is None or dist.get_rank(self.tensor_group()) == 0
                 self.note_documents(next(self._pending.iterator) if first else None)
                 layout = self._take_layout(length)
+            elif self.documents is not None and reads:
+                warn_once(
+                    "--reset-attention-mask: this batch was not read by get_batch_on_this_tp_rank, so its documents are not known "
+                    "and attention does not stay inside them"
+                )
             elif self.maker.has_mask():
                 layout = self.maker.layout(length)  # recomputation must see this mask, whatever is set by then
         with layout_scope(layout):

@@ -36,3 +36,8 @@ def layout_scope(layout: SequenceLayout | None) -> Iterator[None]:
 def current_layout() -> SequenceLayout | None:
     """Layout of the innermost open scope, None outside."""
     return _open.layouts[-1] if _open.layouts else None
+
+
+def scope_is_open() -> bool:
+    """Whether a scope is open, with a layout or without one."""
+    return bool(_open.layouts)

@@ -1,14 +1,18 @@
 """Where documents end, at every edge: masks and positions equal the host's, and every algorithm equals dense attention."""
 
+import logging
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from mindspeed.core.context_parallel.documents import boundaries_of
 from mindspeed.core.context_parallel.layout import slice_batch
 from mindspeed.core.context_parallel.placement import document_zigzag
+from mindspeed.core.context_parallel.scope import current_layout, layout_scope
 from mindspeed.core.context_parallel.tiles import visible_entries
+from mindspeed.notices import warn_once
 from mindspeed.testing import ranks
 from tests.core.context_parallel.dense import assert_parity, hidden_pairs
 from tests.core.transformer.attention_of_a_run import (
@@ -18,6 +22,7 @@ from tests.core.transformer.attention_of_a_run import (
     ULYSSES,
     LargestTensor,
     attention_of,
+    layer,
     plan_arguments,
     run_of,
 )
@@ -138,3 +143,43 @@ def test_nothing_of_the_square_of_the_sequence_is_made():
     with LargestTensor() as made:
         attention_of(run, layout=layout)(*leaves).sum().backward()
     assert made.elements < 3000 * 3000 / 8
+
+
+def test_a_second_model_on_the_tokens_of_a_batch_stays_inside_its_documents(caplog):
+    run = run_of(reset_attention_mask=True)
+    tokens = torch.stack([tokens_of(name) for name in ENDS])
+    run.batches._pending.boundaries = boundaries_of(tokens, END)  # as the read of a batch leaves them
+    batch = run.batches.cut({"tokens": tokens})
+    seen = []
+    warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="mindspeed"):
+        for called_with in (batch["tokens"], batch["tokens"], batch["tokens"].clone()):
+            with run.batches.around_model(S, tokens=called_with):
+                seen.append(current_layout())
+    assert seen[0].boundaries == boundaries_of(tokens, END) and seen[1] is seen[0]
+    assert seen[2] is None and "its documents are not known" in caplog.text
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_that_forgot_the_documents_is_refused(reentrant):
+    """torch's checkpoint re-runs layers after the model, megatron-core's opens the scope again."""
+    run = run_of(reset_attention_mask=True)
+    layout = run.attention.maker.layout(S, boundaries=((0, 5, S),))
+    leaves = [torch.randn(S, 1, 4, 8).requires_grad_() for _ in range(3)]
+
+    def attention(*inputs):
+        return run.attention(layer(), *inputs, None)
+
+    scoped = [patch.value for patch in run.attention_patches() if patch.target.endswith("random:checkpoint")][0]
+    by_host = lambda function, *inputs: scoped(  # noqa: E731
+        lambda function, *inputs: checkpoint(function, *inputs, use_reentrant=reentrant), function, *inputs
+    )
+    with layout_scope(layout):
+        plain, kept = attention(*leaves), by_host(attention, *leaves)
+        lost = checkpoint(attention, *leaves, use_reentrant=reentrant)
+    expected = torch.autograd.grad(plain.sum(), leaves)
+    kept.sum().backward()
+    for leaf, gradient in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, gradient)
+    with pytest.raises(ValueError, match="--reset-attention-mask: documents are known while the GPT model runs"):
+        lost.sum().backward()

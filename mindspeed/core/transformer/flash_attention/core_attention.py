@@ -21,7 +21,7 @@ from mindspeed.core.context_parallel.layout import SequenceLayout
 from mindspeed.core.context_parallel.maker import LayoutMaker
 from mindspeed.core.context_parallel.packed import packed_layout
 from mindspeed.core.context_parallel.plan import RING
-from mindspeed.core.context_parallel.scope import current_layout
+from mindspeed.core.context_parallel.scope import current_layout, scope_is_open
 from mindspeed.core.context_parallel.work import AttentionOptions
 from mindspeed.errors import ConfigError, Problem
 
@@ -38,6 +38,7 @@ class CoreAttention:
         distance: what ALiBi slopes multiply, see `AlibiBias`.
         rng_fork: scope in which attention dropout draws, from the host's tracker.
         mask_required: a layer without a custom mask is an error (`--sparse-mode 1`).
+        in_documents: attention stays inside the documents of the batch, which the scope of a layout tells.
     """
 
     maker: LayoutMaker
@@ -46,6 +47,7 @@ class CoreAttention:
     distance: str = "absolute"
     rng_fork: Callable[[], AbstractContextManager[Any]] | None = None
     mask_required: bool = False
+    in_documents: bool = False
 
     def __call__(
         self,
@@ -91,6 +93,12 @@ class CoreAttention:
         if query.shape[0] != key.shape[0]:
             raise ValueError(
                 f"core attention: {query.shape[0]} queries and {key.shape[0]} keys; cross attention is not supported"
+            )
+        if self.in_documents and packed is None and attention_mask is None and not scope_is_open():
+            raise ValueError(
+                "--reset-attention-mask: documents are known while the GPT model runs, and where megatron-core's own "
+                "tensor_parallel.checkpoint recomputes it; this layer was called outside. Recompute with that instead of "
+                "torch.utils.checkpoint"
             )
         length = query.shape[0] * self.maker.plan.size
         layout = self._packed_layout(length, packed) if packed is not None else current_layout()

@@ -163,6 +163,7 @@ def build_wiring(flags: FlashFlags, host: Any) -> Wiring:
         distance=distance_of(args.get("alibi_fusion_attn_type"), bool(args.get("alibi_diagonal_opposite"))),
         rng_fork=lambda: host.load("megatron.core.tensor_parallel.random:get_cuda_rng_tracker")().fork(),
         mask_required=flags.sparse_mode == 1,
+        in_documents=in_documents,
     )
     batches = BatchLayouts(
         maker,

@@ -13,7 +13,7 @@ from mindspeed.core.context_parallel.groups import ContextGroups
 from mindspeed.core.context_parallel.packed import packed_layout, positions_in_sequences
 from mindspeed.core.context_parallel.plan import RING
 from mindspeed.core.context_parallel.positions import RotaryRows
-from mindspeed.core.context_parallel.scope import current_layout, layout_scope
+from mindspeed.core.context_parallel.scope import current_layout, layout_scope, scope_is_open
 from mindspeed.core.transformer.flash_attention.core_attention import CoreAttention
 from mindspeed.notices import log_once
 from mindspeed.patching import Patch, replace, wrap
@@ -152,7 +152,7 @@ class Wiring:
                 "context parallelism: inference with a key-value cache is not shared out; use --context-parallel-size 1"
             )
         ids = kwargs.get("input_ids", args[0] if args else None)
-        with self.batches.around_model(self._length_seen_by(model, ids), reads=model.pre_process):
+        with self.batches.around_model(self._length_seen_by(model, ids), reads=model.pre_process, tokens=ids):
             return original(model, *args, **kwargs)
 
     def _length_seen_by(self, model: Any, input_ids: Any) -> int | None:
@@ -205,7 +205,7 @@ def _scoped(position: int) -> Callable[..., Any]:
 
     def checkpoint(original: Original, *args: Any, **kwargs: Any) -> Any:
         layout = current_layout()
-        if layout is None:
+        if not scope_is_open():
             return original(*args, **kwargs)
         place = position - 1
         function = args[place]
