@@ -12,6 +12,7 @@ from mindspeed.core.context_parallel.layout import SequenceLayout
 from mindspeed.host.repairs.latent_attention import head_sizes_of_its_own
 from mindspeed.testing import ranks
 from mindspeed.testing.parity import assert_same_training
+from mindspeed.testing.parity import train as training_record
 from tests.core.context_parallel.dense import assert_parity
 from tests.core.transformer.attention_of_a_run import HYBRID, RING, ULYSSES, attention_of, layer, plan_arguments, run_of
 from tests.training.runs import TINY, assert_same_digits, seed_checkpoint, train
@@ -23,6 +24,21 @@ HYBRID_FLAGS = "--context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 2"
 
 def test_the_hosts_own_attention_equals_ours_and_its_sizes_are_repaired():
     assert_same_training(LATENT, f"{LATENT} --use-flash-attn", features=["flash-attention"])
+
+
+@pytest.mark.parametrize(
+    "more", ["", "--sequence-parallel", "--sequence-parallel --recompute-activations --recompute-modules mla_up_proj"]
+)
+def test_tensor_parallel_ranks_share_the_gradient_of_what_all_heads_use(more):
+    """Plain gradient descent, so that weights show a gradient that misses ranks, or counts them twice."""
+    common = (
+        f"{LATENT} --q-lora-rank 12 --qk-layernorm --disable-bias-linear --optimizer sgd --sgd-momentum 0 --clip-grad 0 --lr 1"
+    )
+    one = training_record(common, steps=1)
+    two = training_record(f"{common} --tensor-model-parallel-size 2 {more}", world=2, steps=1)
+    assert one.weights.keys() == two.weights.keys()
+    for name, weight in one.weights.items():
+        torch.testing.assert_close(two.weights[name], weight, rtol=0, atol=3e-6, msg=name)
 
 
 def test_sizes_of_the_constructor():
