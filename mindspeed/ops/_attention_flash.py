@@ -38,8 +38,9 @@ def _no_flash_backward(
 
 
 def _dense(value: Tensor) -> Tensor:
-    """aten's kernel reads the last dimension as if its stride were 1, whatever it is."""
-    return value if value.stride(-1) == 1 else value.contiguous()
+    """aten's kernel takes the last stride for 1, whatever it is, also that of a result laid out like an input whose rows overlap."""
+    apart = all(step == 0 or step >= value.shape[-1] for step in value.stride()[:-1])
+    return value if value.stride(-1) == 1 and apart else value.contiguous()
 
 
 def _flash_mask(options: Options, segment: Segment, q: Tensor, k: Tensor) -> tuple[bool, Tensor | None, Tensor | None]:

@@ -21,8 +21,9 @@ def integer_product(x: Tensor, weight: Tensor) -> Tensor:
     """Exact int32 product of int8 matrices."""
     if x.shape[0] == 0:
         return x.new_zeros(0, weight.shape[1], dtype=torch.int32)
-    if x.device.type == "cpu":
-        return torch._int_mm(x.contiguous(), weight)
+    if x.device.type == "cpu":  # its integer product reads any other weight, an expanded one say, as if it were one of these
+        dense = weight.is_contiguous() or weight.t().is_contiguous()
+        return torch._int_mm(x.contiguous(), weight if dense else weight.contiguous())
     return integer_product_in_float(x, weight)
 
 
