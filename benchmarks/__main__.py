@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="exit 1 when a must is missed, 2 when a case could not run")
     parser.add_argument("--list", action="store_true", help="show the cases and run nothing")
     parser.add_argument("--plots", metavar="DIR", help="write one picture for each group")
+    parser.add_argument("--seconds", type=float, help="begin no case after that many seconds; those that are left are skipped")
     parser.add_argument("--timeout-per-case", type=float, default=300.0, metavar="S", help="seconds before a case is killed")
     return parser
 
@@ -106,30 +108,48 @@ def _selected(case: Case, options: argparse.Namespace) -> bool:
 def _run_all(
     console: Console, cases: list[Case], modules: dict[str, list[str]], run: Run, options: argparse.Namespace
 ) -> dict[str, Any]:
-    load = [os.getloadavg()[0]]
-    ceilings = measure_ceilings(run.device)
-    entries: list[dict[str, Any]] = []
+    load, begin = [os.getloadavg()[0]], time.monotonic()
+    report = make_report(run.device, _ceilings(run), load, [])
+    entries = report["cases"]
     for group in dict.fromkeys(case.group for case in cases):
         found = []
         for case in (case for case in cases if case.group == group):
-            with console.status(f"{case.id} ..."):
-                found.append(run_apart(case, [case.function.__module__], run))
+            if options.seconds is not None and time.monotonic() - begin > options.seconds:
+                found.append(entry_without_figures(case, "skipped", f"after {options.seconds:g} s no case is begun"))
+            else:
+                with console.status(f"{case.id} ..."):
+                    found.append(run_apart(case, [case.function.__module__], run))
+            _save({**report, "cases": entries + found}, options.json)  # a run that is stopped keeps what it has
         show_results(console, group, found)
         if options.plots and (path := plot_group(Path(options.plots), group, found)):
             console.print(f"plot: {path}")
         entries += found
     load.append(os.getloadavg()[0])
-    report = make_report(run.device, ceilings, load, entries)
     validate(report)
-    if options.json:
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+    _save(report, options.json)
     return report
+
+
+def _ceilings(run: Run) -> dict[str, Any]:
+    """What the machine reaches at best; a device on which not even that runs is still asked for all cases."""
+    try:
+        return measure_ceilings(run.device)
+    except RankFailure as failure:
+        print(failure, file=sys.stderr)
+        return {}
+
+
+def _save(report: dict[str, Any], path: str | None) -> None:
+    if path:
+        Path(path).write_text(json.dumps(report, indent=1) + "\n")
 
 
 def run_apart(case: Case, modules: list[str], run: Run) -> dict[str, Any]:
     """Run a case in a process of its own, which is killed with its stack shown when it takes too long."""
     try:
         (entry,) = pools().get(1).run(run_by_id, modules, case.id, run, timeout=run.timeout)
+        if run.device == "cuda" and entry["verdict"] in ("failed", "WRONG"):
+            pools().get(1).kill()  # after an error of the device all calls of its process fail: the next case gets another
         return entry
     except RankFailure as failure:
         print(failure, file=sys.stderr)

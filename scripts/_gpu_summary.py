@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from _gpu_tests import read
 
 STOPPED = (124, 130, 137)
 """Exit codes of a part that ran out of time."""
 
 
-def tests_of(path: Path, code: int) -> dict[str, object]:
-    """Counts and failures of a JUnit report; `code` is pytest's exit code."""
-    if not path.is_file():
-        return {"code": code, "passed": 0, "failed": [], "skipped": 0, "finished": False}
-    cases = list(ElementTree.parse(path).getroot().iter("testcase"))
-    failed = [
-        f"{case.get('classname')}::{case.get('name')}"
-        for case in cases
-        if case.find("failure") is not None or case.find("error") is not None
-    ]
-    skipped = sum(case.find("skipped") is not None for case in cases)
+def tests_of(folder: Path, code: int) -> dict[str, Any]:
+    """Counts and failures of the tests; `code` is the exit code of `_gpu_tests.py`."""
+    logs = [read(path) for path in sorted(folder.glob("tests-*.jsonl"))]
+    rows = {name: row for results, _, _ in logs for name, row in results.items()}
+    counts = Counter(row["outcome"] for row in rows.values())
     return {
         "code": code,
-        "passed": len(cases) - len(failed) - skipped,
-        "failed": failed,
-        "skipped": skipped,
-        "finished": code not in STOPPED,
+        "passed": counts["passed"],
+        "failed": {name: row["message"] for name, row in rows.items() if row["outcome"] == "failed"},
+        "skipped": counts["skipped"],
+        "running": [name for _, open_tests, _ in logs for name in open_tests],
+        "slowest": sorted(((row["seconds"], name) for name, row in rows.items()), reverse=True)[:10],
+        "finished": bool(logs) and code not in STOPPED,
     }
 
 
-def figures_of(path: Path, code: int) -> dict[str, object]:
-    """The benchmark report, or nothing but the exit code if there is none."""
-    report = json.loads(path.read_text()) if path.is_file() else {"cases": []}
+def figures_of(path: Path, code: int) -> dict[str, Any]:
+    """The benchmark report as far as it came, or nothing but the exit code."""
+    report: dict[str, Any] = {"cases": []}
+    if path.is_file():
+        with contextlib.suppress(json.JSONDecodeError):  # stopped while it was written
+            report = json.loads(path.read_text())
     return {"code": code, "finished": code not in STOPPED, **report}
 
 
@@ -41,7 +45,7 @@ CEILINGS = {"H200": (4300.0, 785.0)}
 """Copy in GB/s and bfloat16 matrix product in TFLOP/s that were measured on a healthy device, by words of its name."""
 
 
-def ceilings_of(figures: dict[str, object], gpu: str) -> tuple[str, bool]:
+def ceilings_of(figures: dict[str, Any], gpu: str) -> tuple[str, bool]:
     """What the device reached, and whether that is more than 10 % away from what such a device should."""
     found = figures.get("ceilings") or {}
     if not found:
@@ -52,7 +56,7 @@ def ceilings_of(figures: dict[str, object], gpu: str) -> tuple[str, bool]:
     return f"copy {reached[0]:.0f} GB/s, bfloat16 product {reached[1]:.0f} TFLOP/s" + ("; odd machine" if odd else ""), odd
 
 
-def overall(tests: dict[str, object], figures: dict[str, object]) -> int:
+def overall(tests: dict[str, Any], figures: dict[str, Any]) -> int:
     """Exit code of the run: a wrong result, a failure and what could not run count in this order."""
     if figures["code"] == 3:
         return 3
@@ -64,24 +68,18 @@ def overall(tests: dict[str, object], figures: dict[str, object]) -> int:
 def main() -> None:
     """`_gpu_summary.py FOLDER GPU TEST_CODE BENCHMARK_CODE SECONDS`."""
     folder, gpu, test_code, figure_code, seconds = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:6])
-    tests, figures = tests_of(folder / "tests.xml", test_code), figures_of(folder / "benchmarks.json", figure_code)
+    tests, figures = tests_of(folder, test_code), figures_of(folder / "benchmarks.json", figure_code)
     code, (ceilings, odd) = overall(tests, figures), ceilings_of(figures, gpu)
-    (folder / "summary.json").write_text(
-        json.dumps(
-            {"gpu": gpu, "odd_machine": odd, "seconds": seconds, "code": code, "tests": tests, "benchmarks": figures}, indent=1
-        )
-    )
+    summary = {"gpu": gpu, "odd_machine": odd, "seconds": seconds, "code": code, "tests": tests, "benchmarks": figures}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
     rows = [
         ("device", gpu),
         ("ceilings", ceilings),
         ("tests", f"{tests['passed']} passed, {len(tests['failed'])} failed, {tests['skipped']} skipped" + _late(tests)),
-        *(("  failed", name) for name in tests["failed"][:20]),
+        *_failures(tests["failed"]),
+        *(("  running", name) for name in tests["running"]),
         ("benchmarks", f"{len(figures['cases'])} cases, exit code {figure_code}" + _late(figures)),
-        *(
-            ("  " + str(case.get("verdict")), case["id"])
-            for case in figures["cases"]
-            if case.get("verdict") not in ("aim", "ok", "noisy", "info", "skipped")
-        ),
+        *((f"  {case.get('verdict')}", _figure(case)) for case in figures["cases"] if _is_told(case)),
         ("seconds", str(seconds)),
         ("result", {0: "ok", 1: "failed", 2: "incomplete", 3: "wrong result"}[code] + f" ({folder / 'summary.json'})"),
     ]
@@ -90,7 +88,36 @@ def main() -> None:
     sys.exit(code)
 
 
-def _late(part: dict[str, object]) -> str:
+MOST_LINES = 25
+
+
+def _failures(failed: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """One line for each different message, with the number of tests that gave it and the first of them."""
+    by_message: dict[str, list[str]] = {}
+    for name, message in failed.items():
+        by_message.setdefault(message, []).append(name)
+    for message, names in sorted(by_message.items(), key=lambda item: -len(item[1]))[:MOST_LINES]:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield "  failed", f"{names[0]}{more}: {message}"
+
+
+def _is_told(case: dict[str, Any]) -> bool:
+    """Cases of other devices are not."""
+    return case.get("verdict") != "skipped" or "only" not in str(case.get("reason"))
+
+
+def _figure(case: dict[str, Any]) -> str:
+    """Id, figure, fraction of what is possible, its bounds, and the peers' share of it."""
+    parts = [f"{case['id']:<44}"]
+    if case.get("ours") is not None:
+        parts.append(f"{case['ours']:10.4f} {case['unit'].rpartition(' ')[2]}")
+    if case.get("fraction") is not None:
+        parts.append(f"fraction {case['fraction']:.2f} (must {case.get('must')}, aim {case.get('aim')})")
+    peers = [f"{name} x{peer['ratio']:.2f}" for name, peer in case.get("peers", {}).items() if peer.get("ratio") is not None]
+    return "  ".join([*parts, *peers, *filter(None, [case.get("reason")])])
+
+
+def _late(part: dict[str, Any]) -> str:
     return "" if part["finished"] else "; stopped by the time limit"
 
 
