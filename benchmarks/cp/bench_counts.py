@@ -244,7 +244,7 @@ def _ring_in_one_process(tensors: list[torch.Tensor], ring: int) -> list[torch.T
         for block in reversed(blocks):
             parts = backward_block((grad, q, out, total.lse), *keys[block], work[block], states[block], dq)
             for result, part in zip(results[2:], parts, strict=True):
-                result[:, :, index[block]] += part
+                result[:, :, index[block]] += part.total
         results[0][:, :, index[rank]], results[1][:, :, index[rank]] = out.float(), dq.total
     return [result.to(q.dtype).permute(2, 0, 1, 3) for result in results]
 

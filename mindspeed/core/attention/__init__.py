@@ -3,7 +3,7 @@
 from mindspeed.core.attention.contract import CAUSAL, FULL, Scoring, Visibility
 from mindspeed.core.attention.dispatch import attend, attend_backward
 from mindspeed.core.attention.dropout import Dropout
-from mindspeed.core.attention.merge import Accumulator, GradientSum, merge, merge_fused
+from mindspeed.core.attention.merge import Accumulator, GradientSum, merge, merge_fused, merge_into
 
 __all__ = [
     "CAUSAL",
@@ -17,4 +17,5 @@ __all__ = [
     "attend_backward",
     "merge",
     "merge_fused",
+    "merge_into",
 ]

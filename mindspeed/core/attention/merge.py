@@ -23,15 +23,15 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     Returns:
         out in fp32 (fp64 for fp64) and the common log-sum-exp.
     """
-    # exp(a - logaddexp(a, b)) and the sigmoid form are NaN for -inf - (-inf); an explicit, finite maximum is not.
-    top = torch.maximum(lse_a, lse_b)
-    top = torch.where(torch.isinf(top), torch.zeros_like(top), top)
-    share_a, share_b = (lse_a - top).exp(), (lse_b - top).exp()
-    total = share_a + share_b
-    norm = torch.where(total == 0, torch.ones_like(total), total)
-    weight_a, weight_b = (share_a / norm).unsqueeze(-1), (share_b / norm).unsqueeze(-1)
-    out = (out_b * weight_b).addcmul_(out_a.to(weight_a.dtype), weight_a)
-    return out, top + total.log()
+    return merge_into(out_a.to(lse_a.dtype, copy=True), lse_a.clone(), out_b, lse_b)
+
+
+def merge_into(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """`merge` in the memory of its first two arguments, both fp32 (fp64 for fp64): large results are passed over once."""
+    # A row that neither side saw gives -inf - (-inf) = NaN; its share may be anything finite, since both outputs are 0.
+    share = (more_lse - lse).nan_to_num_().sigmoid_().unsqueeze(-1)
+    torch.logaddexp(lse, more_lse, out=lse)
+    return out.lerp_(more.to(out.dtype), share), lse
 
 
 def merge_fused(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,7 @@ def merge_fused(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> t
     return out.unflatten(2, (heads, -1)).permute(1, 2, 0, 3), lse.masked_fill(lse <= LOWEST / 2, float("-inf"))
 
 
-Merge = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Merge = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # may write to its first two arguments
 
 
 class Accumulator:
@@ -61,8 +61,8 @@ class Accumulator:
         lse: [B, N, S], fp32 (fp64 for fp64).
     """
 
-    def __init__(self, query: Tensor, value_dim: int, merge: Merge = merge) -> None:
-        """Start with no key seen, for query [B, N, S, D]; `merge` or `merge_fused` joins the tiles."""
+    def __init__(self, query: Tensor, value_dim: int, merge: Merge = merge_into) -> None:
+        """Start with no key seen, for query [B, N, S, D]; `merge_into` or `merge_fused` joins the tiles."""
         self._merge = merge
         self._query, self._value_dim = query, value_dim
         self._total: tuple[Tensor, Tensor] | None = None
@@ -78,17 +78,21 @@ class Accumulator:
         return self._result()[1]
 
     def add(self, out: Tensor, lse: Tensor, rows: slice = slice(None), samples: slice = slice(None)) -> None:
-        """Merge the result of one more tile that covers `rows` of the queries of `samples`."""
+        """Merge the result of one more tile that covers `rows` of the queries of `samples`; takes over its memory."""
         part, whole = (samples, slice(None), rows), lse.shape == self._query.shape[:-1]
         if whole and self._total is None:
             self._total = out, lse
-        elif whole:
-            self._total = self._merge(*self._result(), out, lse)
-        else:
-            total, total_lse = self._result()
-            total = total.to(total_lse.dtype)
-            total[part], total_lse[part] = self._merge(total[part], total_lse[part], out, lse)
-            self._total = total, total_lse
+            return
+        total, total_lse = self._result()
+        total = total.to(total_lse.dtype)
+        if whole:
+            self._total = self._merge(total, total_lse, out, lse)
+            return
+        rooms = total[part], total_lse[part]
+        for room, merged in zip(rooms, self._merge(*rooms, out, lse), strict=True):
+            if merged is not room:
+                room.copy_(merged)
+        self._total = total, total_lse
 
     def _result(self) -> tuple[Tensor, Tensor]:
         if self._total is None:
@@ -103,19 +107,53 @@ class GradientSum:
 
     def __init__(self, like: Tensor) -> None:
         """Start with zero, for a tensor of this shape."""
-        self._like, self._total, self._dtype = like, None, statistics_dtype(like.dtype)
+        self._like, self._dtype = like, statistics_dtype(like.dtype)
+        self._only: tuple[Tensor, tuple[slice, ...]] | None = None  # one part and its place: no zeros are filled around it
+        self._sum: Tensor | None = None
 
     def add(self, part: Tensor, place: tuple[slice, ...] = ()) -> None:
-        """Add a part at its place in the tensor."""
-        if self._total is None and part.shape == self._like.shape:
-            self._total = part
-            return
-        if self._total is None:
-            self._total = torch.zeros_like(self._like, dtype=self._dtype)
-        self._total = self._total.to(self._dtype)
-        self._total[place].add_(part)
+        """Add a part at its place in the tensor; takes over its memory."""
+        if self._only is None and self._sum is None:
+            self._only = part, place
+        else:
+            self._wide()[place].add_(part)
+
+    def write_to(self, room: Tensor) -> None:
+        """Overwrite a tensor with the sum so far."""
+        if self._sum is None and not self._is_all():
+            room.zero_()
+            self.add_to(room)
+        else:
+            room.copy_(self.total)
+
+    def add_to(self, room: Tensor) -> None:
+        """Add the sum so far to a tensor."""
+        if self._sum is not None:
+            room.add_(self._sum)
+        elif self._only is not None:
+            part, place = self._only
+            room[place].add_(part)
 
     @property
     def total(self) -> Tensor:
         """The sum so far."""
-        return torch.zeros_like(self._like, dtype=self._dtype) if self._total is None else self._total
+        if self._only is None and self._sum is None:
+            return torch.zeros_like(self._like, dtype=self._dtype)
+        return self._only[0] if self._only is not None and self._is_all() else self._wide()
+
+    def _is_all(self) -> bool:
+        """Whether the one part covers the tensor."""
+        return self._only is not None and self._only[0].shape == self._like.shape
+
+    def _wide(self) -> Tensor:
+        """The sum as one tensor in the wide dtype."""
+        if self._sum is None:
+            assert self._only is not None
+            part, place = self._only
+            if self._is_all():
+                self._sum = part.to(self._dtype)
+            else:
+                self._sum = torch.zeros_like(self._like, dtype=self._dtype)
+                self._sum[place].copy_(part)
+            self._only = None
+        return self._sum

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,31 +68,27 @@ def context_attention(
     Returns:
         [s, b, n, dv] in q's dtype.
     """
-    policy = plan.cache if plan.caches(layer_number) else None
     if plan.size == 1:
         return gathered_attention(q, k, v, GatheredPlan(Stay(), plan_work(layout, 0, 0, q.shape[1], options)))
     assert groups.cp is not None, "context-parallel groups do not exist yet"
     check_alike(groups.cp, q=q, k=k, v=v)
+    policy = plan.cache if plan.caches(layer_number) else None
     if plan.algorithm == GATHER:
         return _with_gathered_sequence(q, k, v, groups, layout, options)
     if layout.rounds is not None:
-        return _adaptive(q, k, v, plan, groups, layout, options)
-    if plan.ring == 1:
-        return _ulysses(q, k, v, plan, groups, layout, options, policy)
-    return _ring(q, k, v, plan, groups, layout, options, policy)
+        return _with_some_heads(_adaptive(plan, groups, layout), q, k, v, groups.get("cp_ulysses"), options)
+    if plan.ring > 1:
+        return _with_some_heads(_ring(plan, groups, layout, policy), q, k, v, groups.get("cp_ulysses"), options)
+    if policy is None and not plan.allgather_kv:
+        return _with_some_heads(_gathered(layout), q, k, v, groups.cp, options)
+    return _with_gathered_heads(q, k, v, plan, groups.cp, layout, options, policy)
 
 
-def _ring(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: ContextPlan,
-    groups: ContextGroups,
-    layout: SequenceLayout,
-    options: AttentionOptions,
-    policy: str | None,
-) -> Tensor:
-    """Ring over `cp_ring`, inside an exchange of heads over `cp_ulysses` for the hybrid algorithm."""
+Attention = Callable[[Tensor, Tensor, Tensor, AttentionOptions], Tensor]  # of some heads: [s, b, n, d] -> [s, b, n, dv]
+
+
+def _ring(plan: ContextPlan, groups: ContextGroups, layout: SequenceLayout, policy: str | None) -> Attention:
+    """Keys and values travel round `cp_ring`."""
     ring, inner = groups.get("cp_ring"), groups.get("cp_ring_intra")
     assert ring is not None
 
@@ -105,22 +102,15 @@ def _ring(
             window=plan.window,
             cache=policy or "none",
             fused_update=plan.fused_update,
+            gradient_dtype=plan.gradient_dtype,
         )
-        return sequence_first(ring_attention(heads_first(q), heads_first(k), heads_first(v), context))
+        return _heads_first_in(ring_attention, q, k, v, context)
 
-    return _with_some_heads(attention, q, k, v, groups.get("cp_ulysses"), options)
+    return attention
 
 
-def _adaptive(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: ContextPlan,
-    groups: ContextGroups,
-    layout: SequenceLayout,
-    options: AttentionOptions,
-) -> Tensor:
-    """A schedule of tiles over `cp_ring`, inside an exchange of heads over `cp_ulysses` for the hybrid algorithm."""
+def _adaptive(plan: ContextPlan, groups: ContextGroups, layout: SequenceLayout) -> Attention:
+    """Tiles are computed over `cp_ring` by the layout's schedule."""
     ring, rounds = groups.get("cp_ring"), layout.rounds
     assert ring is not None and rounds is not None
 
@@ -132,36 +122,44 @@ def _adaptive(
             plan.ring,
             Mailbox(ring),
             lambda task: plan_tile(layout, task.row, task.column, batch, options),
+            plan.gradient_dtype,
         )
-        return sequence_first(adaptive_attention(heads_first(q), heads_first(k), heads_first(v), steps))
+        return _heads_first_in(adaptive_attention, q, k, v, steps)
 
-    return _with_some_heads(attention, q, k, v, groups.get("cp_ulysses"), options)
+    return attention
 
 
-def _ulysses(
+def _heads_first_in(
+    function: Callable[[Tensor, Tensor, Tensor, Any], Tensor], q: Tensor, k: Tensor, v: Tensor, how: Any
+) -> Tensor:
+    """Call a function of [b, heads, s, d] with [s, b, heads, d]; views only."""
+    return sequence_first(function(heads_first(q), heads_first(k), heads_first(v), how))
+
+
+def _gathered(layout: SequenceLayout, move: Move = Stay(), keep: str = "gathered") -> Attention:
+    """The whole sequence is here, or `move` brings keys and values."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        return gathered_attention(q, k, v, GatheredPlan(move, plan_work(layout, 0, 0, q.shape[1], options), keep))
+
+    return attention
+
+
+def _with_gathered_heads(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     plan: ContextPlan,
-    groups: ContextGroups,
+    group: ProcessGroup,
     layout: SequenceLayout,
     options: AttentionOptions,
     policy: str | None,
 ) -> Tensor:
-    """Exchange heads against sequence; keys by exchange too, or gathered; kept as gathered, or gathered again."""
-    group = groups.cp
-    assert group is not None
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, move: Move = Stay()) -> Tensor:
-        keep = "gathered" if policy is None else CACHED_ULYSSES[policy]
-        return gathered_attention(q, k, v, GatheredPlan(move, plan_work(layout, 0, 0, q.shape[1], options), keep))
-
-    if policy is None and not plan.allgather_kv:
-        return _with_some_heads(attention, q, k, v, group, options)
+    """Ulysses whose keys and values are brought inside attention: by exchange or all-gather, and again in backward."""
     move = SequenceMove(group) if plan.allgather_kv else HeadMove(group, k.shape[2])
+    attention = _gathered(layout, move, "gathered" if policy is None else CACHED_ULYSSES[policy])
     (query,) = sequence_to_heads((q,), group)
-    out = attention(query, k, v, _own_heads(options, q.shape[2], group), move)
-    return heads_to_sequence(out, group)
+    return heads_to_sequence(attention(query, k, v, _own_heads(options, q.shape[2], group)), group)
 
 
 def _with_gathered_sequence(
@@ -182,7 +180,7 @@ def _chunks(layout: SequenceLayout) -> Segments:
 
 
 def _with_some_heads(
-    attention: Callable[[Tensor, Tensor, Tensor, AttentionOptions], Tensor],
+    attention: Attention,
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -39,6 +39,9 @@ class ContextParallelFlags:
     use_cp_send_recv_overlap: bool = flag(False, "Give rings a second communicator, to send and receive at the same time.")
     use_fused_ring_attention_update: bool = flag(False, "Merge partial results of the ring with one fused kernel.")
     megatron_cp_in_bnsd: bool = flag(False, "On NPU, hand ring attention to the kernel in BNSD layout; same numbers.")
+    cp_kv_gradient_dtype: str = flag(
+        "fp32", "What rings send gradients of keys and values in; bf16 halves these messages.", choices=("fp32", "bf16")
+    )
     shape_order: str = flag(
         "SBH", "Accepted for old scripts; the layout is chosen by the kernel.", choices=("SBH", "BSH", "BSND")
     )
@@ -220,6 +223,8 @@ def _hints(flags: ContextParallelFlags, run: RunShape) -> None:
         warn_once("--use-cp-send-recv-overlap has no effect with %s", algorithm)
     if flags.use_fused_ring_attention_update and algorithm not in WITH_RING:
         warn_once("--use-fused-ring-attention-update has no effect with %s", algorithm)
+    if flags.cp_kv_gradient_dtype != "fp32" and algorithm in (ULYSSES, GATHER):
+        warn_once("--cp-kv-gradient-dtype has no effect with %s", algorithm)
     if flags.megatron_cp_in_bnsd and run.platform != "npu":
         log_once("--megatron-cp-in-bnsd concerns the NPU kernel; nothing changes on %s", run.platform)
     _old_names(run)

@@ -36,13 +36,14 @@ class Exchange:
         self._tagged = dist.get_backend(group) == "gloo"
 
     @contextmanager
-    def passing(self, tensor: Tensor, *, to: int, source: int, tag: int) -> Iterator[Incoming]:
+    def passing(self, tensor: Tensor, *, to: int, source: int, tag: int, room: Tensor | None = None) -> Iterator[Incoming]:
         """Send `tensor` to one rank and receive its like from another while the block runs.
 
-        The tensor must not be written to inside the block. `tag` tells transfers apart that are open at once.
+        The tensor must not be written to inside the block. `tag` tells transfers apart that are open at once. `room` is
+        memory that nobody uses any more, for what is received.
         """
         tensor = tensor.contiguous()
-        incoming = Incoming(torch.empty_like(tensor))
+        incoming = Incoming(torch.empty_like(tensor) if room is None else room)
         pending = self._start(tensor, incoming.tensor, to, source, tag)
         try:
             yield incoming

@@ -129,5 +129,5 @@ class _GatheredAttention(torch.autograd.Function):
         dq = GradientSum(query)
         saved = (heads_first(grad_out), query, out, lse)
         dk, dv = backward_block(saved, heads_first(key), heads_first(value), plan.work, ctx.states, dq)
-        dk, dv = (plan.move.reduce(sequence_first(gradient), q.dtype) for gradient in (dk, dv))
+        dk, dv = (plan.move.reduce(sequence_first(gradient.total), q.dtype) for gradient in (dk, dv))
         return sequence_first(dq.total).to(q.dtype), dk, dv, None

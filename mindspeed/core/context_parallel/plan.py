@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mindspeed.core.context_parallel.layout import Boundaries, SequenceLayout
@@ -37,6 +38,7 @@ class ContextPlan:
         allgather_kv: Ulysses gathers keys and values along the sequence instead of exchanging heads.
         fused_update: rings merge partial results with one kernel of the device.
         memory_order: arrangement of a ring's tensors in kernels that read several, see `Scoring`.
+        gradient_dtype: of the gradients of keys and values that rings send; None is fp32 (fp64 for fp64).
     """
 
     algorithm: str = RING
@@ -49,6 +51,7 @@ class ContextPlan:
     allgather_kv: bool = False
     fused_update: bool = False
     memory_order: str = "SBH"
+    gradient_dtype: torch.dtype | None = None
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> ContextPlan:
@@ -64,6 +67,7 @@ class ContextPlan:
             allgather_kv=bool(values.get("use_ulysses_allgather_kv")),
             fused_update=bool(values.get("use_fused_ring_attention_update")),
             memory_order="BNSD" if values.get("megatron_cp_in_bnsd") else "SBH",
+            gradient_dtype=torch.bfloat16 if values.get("cp_kv_gradient_dtype") == "bf16" else None,
         )
 
     @property

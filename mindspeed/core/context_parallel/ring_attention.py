@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed.core.attention import Accumulator, GradientSum, merge, merge_fused
-from mindspeed.core.context_parallel.exchange import Exchange, Packed
+from mindspeed.core.attention import Accumulator, GradientSum, merge_fused, merge_into
+from mindspeed.core.context_parallel.exchange import Exchange, Incoming, Packed
 from mindspeed.core.context_parallel.layout import SequenceLayout
 from mindspeed.core.context_parallel.work import AttentionOptions, Work, backward_block, forward_block, plan_work
 
@@ -104,6 +104,7 @@ class RingContext:
         cache: "none", "full" (keep all received keys and values for backward) or "half" (keep keys only):
             less traffic for more memory.
         fused_update: merge partial results with one kernel of the device.
+        gradient_dtype: of the gradients of keys and values on their way; None is that of the statistics, fp32.
     """
 
     exchange: Exchange
@@ -114,6 +115,7 @@ class RingContext:
     window: int = 1
     cache: str = "none"
     fused_update: bool = False
+    gradient_dtype: torch.dtype | None = None
 
     def route(self, direction: int) -> RingRoute:
         """Route of a forward (+1) or backward (-1) pass."""
@@ -139,33 +141,53 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, context: RingContext) -> Ten
 class _Hop:
     """Buffers on their way through a ring pass; open transfers end when their `ExitStack` closes."""
 
-    def __init__(self, context: RingContext, direction: int, flat: Tensor) -> None:
+    def __init__(self, context: RingContext, direction: int, flat: Tensor, *, keeps: bool) -> None:
+        """Start with the buffer `flat`, which stays as it is; `keeps` says that the caller keeps all others too."""
         self.route = context.route(direction)
         self.outer_exchange, self.inner_exchange = context.exchange, context.inner or context.exchange
         self.flat = flat
-        self._window_start: Tensor | None = None
+        self._kept = None if keeps else flat
+        self._spare: list[Tensor] = []
 
     def __iter__(self) -> Iterator[tuple[Step, Tensor]]:
         """Yield each step with the buffer at hand; transfers to the next step run while the caller computes."""
-        outer_stack, outer = ExitStack(), None
+        outer_stack, outer, leaving = ExitStack(), None, None
         route = self.route
         for step in route.steps():
             if step.send_outer:
+                leaving = self.flat
                 outer = outer_stack.enter_context(
-                    self.outer_exchange.passing(self.flat, to=route.outer_to, source=route.outer_from, tag=OUTER)
+                    self.outer_exchange.passing(
+                        leaving, to=route.outer_to, source=route.outer_from, tag=OUTER, room=self._room()
+                    )
                 )
             with ExitStack() as inner_stack:
                 inner = None
                 if step.send_inner:
                     inner = inner_stack.enter_context(
-                        self.inner_exchange.passing(self.flat, to=route.inner_to, source=route.inner_from, tag=INNER)
+                        self.inner_exchange.passing(
+                            self.flat, to=route.inner_to, source=route.inner_from, tag=INNER, room=self._room()
+                        )
                     )
                 yield step, self.flat
             if inner is not None:
+                if self.flat is not leaving:  # the transfer to the next window still reads that one
+                    self._release(self.flat)
                 self.flat = inner.tensor
             if step.take_outer and outer is not None:
                 outer_stack.close()
-                self.flat = outer.tensor
+                self._release(self.flat)
+                if leaving is not self.flat:
+                    self._release(leaving)
+                self.flat, leaving = outer.tensor, None
+
+    def _release(self, flat: Tensor) -> None:
+        """Nobody reads this buffer any more: the next message may land there, in memory that is warm."""
+        if self._kept is not None and flat is not self._kept:
+            self._spare.append(flat)
+
+    def _room(self) -> Tensor | None:
+        return self._spare.pop() if self._spare else None
 
 
 class _RingAttention(torch.autograd.Function):
@@ -174,11 +196,11 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, context: RingContext) -> Tensor:
         buffer = Packed.of(k, v)
-        total = Accumulator(q, v.shape[-1], merge_fused if context.fused_update else merge)
+        total = Accumulator(q, v.shape[-1], merge_fused if context.fused_update else merge_into)
         states: dict[int, list[object]] = {}
         kept: dict[int, Tensor] = {}
         last = buffer.flat
-        for step, flat in _Hop(context, 1, buffer.flat):
+        for step, flat in _Hop(context, 1, buffer.flat, keeps=context.cache == "full"):
             key, value = buffer.split(flat)
             states[step.block] = forward_block(q, key, value, context.work(step.block, q.shape[0]), total)
             last = flat
@@ -196,14 +218,13 @@ class _RingAttention(torch.autograd.Function):
         q, out, lse, carried, *kept = ctx.saved_tensors
         context: RingContext = ctx.context
         dq = GradientSum(q)
-        gradient = _TravellingGradient(context)
+        shapes = ctx.buffer_shapes
+        gradient = _TravellingGradient(context, Packed(shapes, q.new_empty(0, dtype=context.gradient_dtype or lse.dtype)))
         for step, key, value in _blocks_backward(ctx, carried, dict(zip(ctx.kept_blocks, kept, strict=True))):
             work = context.work(step.block, q.shape[0])
             parts = backward_block((grad_out, q, out, lse), key, value, work, ctx.states[step.block], dq)
-            gradient.add(step, Packed.of(*parts, dtype=lse.dtype).flat)
-        key_shape, value_shape = ctx.buffer_shapes
-        flat = gradient.home
-        dk, dv = flat[: key_shape.numel()].view(key_shape), flat[key_shape.numel() :].view(value_shape)
+            gradient.add(step, parts)
+        dk, dv = gradient.home
         return dq.total.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), None
 
 
@@ -217,7 +238,7 @@ def _blocks_backward(ctx: Any, carried: Tensor, kept: dict[int, Tensor]) -> Iter
             flat = kept[step.block]
             yield step, flat[:size].view(key_shape), flat[size:].view(value_shape)
         return
-    for step, flat in _Hop(context, -1, carried):
+    for step, flat in _Hop(context, -1, carried, keeps=False):
         if context.cache == "half":
             yield step, kept[step.block].view(key_shape), flat.view(value_shape)
         else:
@@ -225,21 +246,21 @@ def _blocks_backward(ctx: Any, carried: Tensor, kept: dict[int, Tensor]) -> Iter
 
 
 class _TravellingGradient:
-    """Gradients of keys and values, in fp32, that follow their block back to its owner."""
+    """Gradients of keys and values that follow their block back to its owner, summed where they arrive."""
 
-    def __init__(self, context: RingContext) -> None:
+    def __init__(self, context: RingContext, form: Packed) -> None:
+        """Start with nothing; `form` has the shapes of keys and values and the dtype of the messages."""
         self.route = context.route(-1)
         self.context = context
+        self.form = form
+        self.home: list[Tensor] = []
         self._stack = ExitStack()
-        self._incoming: Any = None
-        self.home = torch.empty(0)
+        self._incoming: Incoming | None = None
+        self._sent: Tensor | None = None
 
-    def add(self, step: Step, own: Tensor) -> None:
+    def add(self, step: Step, own: tuple[GradientSum, GradientSum]) -> None:
         """Add this rank's part for the block at hand and send the sum after the block."""
-        if self._incoming is not None:
-            self._stack.close()
-            own += self._incoming.tensor
-            self._incoming = None
+        flat, spare = self._arrived(own)
         route, exchange = self.route, self.context.exchange
         if step.send_inner:
             exchange = self.context.inner or exchange
@@ -247,6 +268,20 @@ class _TravellingGradient:
         elif step.take_outer:
             to, source = route.gradient_to, route.gradient_from
         else:
-            self.home = own
+            self.home = self.form.split(flat)
             return
-        self._incoming = self._stack.enter_context(exchange.passing(own, to=to, source=source, tag=GRADIENT))
+        self._incoming = self._stack.enter_context(exchange.passing(flat, to=to, source=source, tag=GRADIENT, room=spare))
+        self._sent = flat
+
+    def _arrived(self, own: tuple[GradientSum, GradientSum]) -> tuple[Tensor, Tensor | None]:
+        """The block's sum so far with this rank's part in it, and the buffer whose transfer is over."""
+        if self._incoming is None:
+            flat = self.form.flat.new_empty(sum(shape.numel() for shape in self.form.shapes))
+            for room, part in zip(self.form.split(flat), own, strict=True):
+                part.write_to(room)
+            return flat, None
+        self._stack.close()
+        flat = self._incoming.tensor
+        for room, part in zip(self.form.split(flat), own, strict=True):
+            part.add_to(room)
+        return flat, self._sent

@@ -158,8 +158,8 @@ def backward_block(
     work: tuple[Work, ...],
     states: list[object],
     dq: GradientSum,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of one block pair: adds to `dq`, returns (dk, dv) of the block, in fp32 if several tiles add to them.
+) -> tuple[GradientSum, GradientSum]:
+    """Gradients of one block pair: adds to `dq`, returns those of the block's keys and values.
 
     Args:
         saved: grad_out, q, out, lse of the queries of this rank.
@@ -171,4 +171,4 @@ def backward_block(
         parts = attend_backward(grad_out[rows], q[rows], k[keys], v[keys], out[rows], lse[rows], tile.scoring, state)
         for total, part, place in zip((dq, dk, dv), parts, (rows, keys, keys), strict=True):
             total.add(part, place)
-    return dk.total, dv.total
+    return dk, dv

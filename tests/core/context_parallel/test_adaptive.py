@@ -32,7 +32,7 @@ from mindspeed.core.context_parallel.work import AttentionOptions, MaskBias, Wor
 from mindspeed.core.transformer.flash_attention.feature import FlashFlags
 from mindspeed.core.transformer.flash_attention.generate_mask.generate_mask import set_attention_mask
 from mindspeed.patching import RunShape
-from mindspeed.testing import ranks
+from mindspeed.testing import count_communication, ranks
 from mindspeed.testing.parity import assert_same_training
 from tests.core.context_parallel.dense import assert_near, assert_parity, dense, draw
 from tests.core.transformer.attention_of_a_run import layer, run_of
@@ -144,7 +144,7 @@ MASKS = {
 }
 
 
-def attention_on(world, visible, order):
+def attention_on(world, visible, order, gradient_dtype=None):
     share = S // world.size
     blocks = order.view(world.size, share)
     grid = tile_grid(visible, order, world.size)
@@ -154,14 +154,14 @@ def attention_on(world, visible, order):
         bias = MaskBias(hidden) if hidden.any() else None
         return (Work(slice(0, 2), slice(0, share), slice(0, share), Scoring(0.3, FULL, bias)),)
 
-    plan = AdaptivePlan(schedule_tiles(grid.tolist()), world.rank, world.size, Mailbox(world.group), work_of)
+    plan = AdaptivePlan(schedule_tiles(grid.tolist()), world.rank, world.size, Mailbox(world.group), work_of, gradient_dtype)
     return blocks[world.rank], lambda q, k, v: adaptive_attention(q, k, v, plan)
 
 
-def check(world, name, dtype=torch.float32):
+def check(world, name, dtype=torch.float32, gradient_dtype=None):
     visible = MASKS[name]
     for order in (torch.arange(S), best_order(visible, world.size)):
-        mine, attention = attention_on(world, visible, order)
+        mine, attention = attention_on(world, visible, order, gradient_dtype)
         tensors = draw(S, dtype=dtype)
         layout = SequenceLayout(S, custom_mask=~visible)
         truth = dense(*tensors, layout, 0.3)
@@ -183,6 +183,24 @@ def test_four_devices_equal_dense(world, name):
 def test_two_devices_equal_dense(world, dtype):
     for name in MASKS:
         check(world, name, dtype)
+
+
+@ranks(2)
+def test_gradients_of_keys_may_travel_in_bf16(world):
+    visible, order = MASKS["causal"], torch.arange(S)
+    sent = {}
+    for gradient_dtype in (None, torch.bfloat16):
+        mine, attention = attention_on(world, visible, order, gradient_dtype)
+        q, k, v, grad_out = (tensor[:, :, mine].clone().requires_grad_() for tensor in draw(S, dtype=torch.bfloat16))
+        out = attention(q, k, v)
+        with count_communication() as counted:
+            torch.autograd.grad(out, (q, k, v), grad_out)
+        sent[gradient_dtype] = counted.bytes("send")
+    fetched = [
+        task.device for tasks in schedule_tiles(tile_grid(visible, order, 2).tolist()) for task in tasks if task.kind == "fetch"
+    ]
+    assert sent[None] - sent[torch.bfloat16] == fetched.count(world.rank) * 2 * (k.numel() + v.numel())
+    check(world, "causal", torch.bfloat16, torch.bfloat16)
 
 
 def problems(**changes):

@@ -119,12 +119,15 @@ def test_each_rule_names_flag_value_and_remedy(name):
     assert all(message.startswith(("--", "window_size")) and message.count(": ") >= 1 for message in found)
 
 
-@pytest.mark.parametrize("dest", ["use_cp_send_recv_overlap", "use_fused_ring_attention_update"])
-def test_flags_of_the_ring_say_so_without_one(dest, caplog):
+@pytest.mark.parametrize(
+    ("dest", "value"),
+    [("use_cp_send_recv_overlap", True), ("use_fused_ring_attention_update", True), ("cp_kv_gradient_dtype", "bf16")],
+)
+def test_flags_of_the_ring_say_so_without_one(dest, value, caplog):
     warn_once.cache_clear()
     option = "--" + dest.replace("_", "-")
-    assert messages(**{dest: True}) == [] and option not in caplog.text
-    assert messages(**{dest: True}, **ULYSSES) == []
+    assert messages(**{dest: value}) == [] and option not in caplog.text
+    assert messages(**{dest: value}, **ULYSSES) == []
     assert f"{option} has no effect with ulysses_cp_algo" in caplog.text
 
 

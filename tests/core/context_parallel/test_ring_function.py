@@ -103,6 +103,7 @@ def test_parameters_that_contradict_the_group_are_refused(world):
         ({"cp_size": 3}, r"say \(3, "),
         ({"cp_inner_ranks": [1, 0]}, r"cp_inner_ranks \[1, 0\] are no window"),
         ({"cache_policy": "some"}, "cache_policy 'some'"),
+        ({"kv_gradient_dtype": torch.float16}, "kv_gradient_dtype torch.float16 is neither None"),
         ({"pse_type": 1}, "pse_type 1 is none of 0, 2 and 3"),
         ({"cp_rank": 0}, r"unknown \['cp_rank'\]"),
     ):

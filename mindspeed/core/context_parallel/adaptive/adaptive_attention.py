@@ -31,6 +31,7 @@ class AdaptivePlan:
         rank, ranks: place among the devices.
         mailbox: transfers between them.
         work_of: task -> kernel calls of its tile.
+        gradient_dtype: of the gradients of keys and values on their way; None is that of the statistics, fp32.
     """
 
     rounds: tuple[Round, ...]
@@ -38,6 +39,7 @@ class AdaptivePlan:
     ranks: int
     mailbox: Mailbox
     work_of: Callable[[Task], tuple[Work, ...]]
+    gradient_dtype: torch.dtype | None = None
 
     def mine(self, number: int) -> Task | None:
         """This device's task of a round."""
@@ -179,6 +181,7 @@ class _Backward(_Pass):
         self.states = states
         self.dq = GradientSum(self.q)
         self.dkv = torch.zeros_like(self.keys.flat, dtype=self.lse.dtype)
+        self.own = self.keys.split(self.dkv)
 
     def inputs(self, kind: str) -> tuple[Tensor, ...]:
         return (self.keys.flat,) if kind == "fetch" else (self.queries.flat, self.lse)
@@ -189,13 +192,16 @@ class _Backward(_Pass):
             q, grad_out, out = self.queries.split(received[0])
             dq = GradientSum(q)
             key, value = self.keys.split(self.keys.flat)
-            self.dkv += self._flat(backward_block((grad_out, q, out, received[1]), key, value, work, states, dq))
+            self._keep(backward_block((grad_out, q, out, received[1]), key, value, work, states, dq))
             return (dq.total.to(self.lse.dtype).contiguous(),)
         key, value = self.keys.split(received[0] if task.kind == "fetch" else self.keys.flat)
-        dkv = self._flat(backward_block((self.grad_out, self.q, self.out, self.lse), key, value, work, states, self.dq))
+        parts = backward_block((self.grad_out, self.q, self.out, self.lse), key, value, work, states, self.dq)
         if task.kind == "fetch":
-            return (dkv,)
-        self.dkv += dkv
+            (message,) = self.result_buffers(task)
+            for room, part in zip(self.keys.split(message), parts, strict=True):
+                part.write_to(room)
+            return (message,)
+        self._keep(parts)
         return ()
 
     def owner_of_result(self, task: Task) -> int | None:
@@ -203,7 +209,7 @@ class _Backward(_Pass):
 
     def result_buffers(self, task: Task) -> tuple[Tensor, ...]:
         if task.kind == "fetch":
-            return (torch.empty_like(self.dkv),)
+            return (torch.empty_like(self.dkv, dtype=self.plan.gradient_dtype),)
         return (self.q.new_empty(self.q.shape, dtype=self.lse.dtype),)
 
     def collect(self, task: Task, results: list[Tensor]) -> None:
@@ -212,8 +218,10 @@ class _Backward(_Pass):
         else:
             self.dq.add(results[0])
 
-    def _flat(self, parts: tuple[Tensor, Tensor]) -> Tensor:
-        return Packed.of(*parts, dtype=self.lse.dtype).flat
+    def _keep(self, parts: tuple[GradientSum, GradientSum]) -> None:
+        """Add to the gradients of this device's keys and values."""
+        for room, part in zip(self.own, parts, strict=True):
+            part.add_to(room)
 
 
 class _AdaptiveAttention(torch.autograd.Function):

@@ -37,6 +37,7 @@ OPTIONAL = (
     "cp_group_for_send_recv_overlap",
     "megatron_cp_in_bnsd",
     "cache_policy",
+    "kv_gradient_dtype",
     "pse",
     "pse_type",
 )
@@ -64,6 +65,7 @@ def ringattn_context_parallel(
         n: query heads.
         cp_para: `causal`, `cp_group`, `cp_size`, `rank` and `cp_global_ranks`; for a double ring `cp_inner_ranks` (global
             ranks of the window), its groups, and the ranks between windows; `cache_policy` (None, "full", "half");
+            `kv_gradient_dtype` (None for fp32, or torch.bfloat16: what gradients of k and v travel in; not in the original);
             `pse` (ALiBi slopes [n]) with `pse_type` 0, 2 or 3. `megatron_cp_in_bnsd` changes no number.
         softmax_scale: 1 / sqrt(d) by default.
         attn_mask: bool [S, S] or [1 or b, 1, S, S], True where hidden; replaces the causal rule. Blocks are contiguous then.
@@ -94,6 +96,7 @@ def ringattn_context_parallel(
         inner=_inner_exchange(cp_para),
         window=len(cp_para.get("cp_inner_ranks") or (rank,)),
         cache=cp_para.get("cache_policy") or "none",
+        gradient_dtype=cp_para.get("kv_gradient_dtype"),
     )
     if layout.sizes is None:
         check_alike(group, q=query, k=key, v=value)
@@ -129,6 +132,11 @@ def _check(cp_para: Mapping[str, Any]) -> tuple[dist.ProcessGroup, int]:
     policy, kind = cp_para.get("cache_policy"), cp_para.get("pse_type")
     if policy not in (None, "full", "half"):
         raise ValueError(f"ringattn_context_parallel: cache_policy {policy!r} is neither None, 'full' nor 'half'")
+    if cp_para.get("kv_gradient_dtype") not in (None, torch.bfloat16):
+        raise ValueError(
+            f"ringattn_context_parallel: kv_gradient_dtype {cp_para['kv_gradient_dtype']!r} is neither None (fp32) nor "
+            f"torch.bfloat16"
+        )
     if kind not in DISTANCES:
         raise ValueError(f"ringattn_context_parallel: pse_type {kind!r} is none of 0, 2 and 3")
     window = list(cp_para.get("cp_inner_ranks") or ranks[rank : rank + 1])
