@@ -51,6 +51,7 @@ CLAIMS = {
     "grouped-gemm": Claim("--gemm-gradient-accumulation-fusion", EXPERTS),
     "moe-permute-fusion": Claim("--moe-permute-fusion", EXPERTS),
     "noop-layers": Claim("--num-layers 4 --noop-layers 1,3", "--use-flash-attn", published="above +10 % with pipelines"),
+    "cross-entropy-loss-fusion": Claim("--cross-entropy-loss-fusion", "--use-flash-attn"),
     "disable-fused-ops": Claim(
         "--disable-fused-ops wgrad,rmsnorm,swiglu,rope,softmax",
         "--use-flash-attn --normalization RMSNorm --swiglu --position-embedding-type rope",

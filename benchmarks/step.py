@@ -180,6 +180,7 @@ FUSED = FLASH | {
     "use_fused_rmsnorm": True, "normalization": "RMSNorm",
     "use_fused_swiglu": True, "swiglu": True,
     "use_fused_rotary_pos_emb": True, "position_embedding_type": "rope",
+    "cross_entropy_loss_fusion": True,
 }  # fmt: skip
 
 
@@ -197,13 +198,13 @@ def gpt4_bf16(run: Run) -> Paired:
 
 @case("step.gpt4.fp32.fused", feature="fused-rmsnorm", metric="ratio", against="host", must=2.15, aim=2.25)
 def gpt4_fp32_fused(run: Run) -> Paired:
-    """The same in fp32 with fused norms, SwiGLU and rotary embedding too."""
+    """The same in fp32 with fused norms, SwiGLU, rotary embedding and cross entropy too."""
     return _Gpt4Rounds(torch.float32, FUSED, run).paired()
 
 
 @case("step.gpt4.bf16.fused", feature="fused-rmsnorm", metric="ratio", against="host", must=3.0, aim=3.5)
 def gpt4_bf16_fused(run: Run) -> Paired:
-    """The same in bf16 with fused norms, SwiGLU and rotary embedding too."""
+    """The same in bf16 with fused norms, SwiGLU, rotary embedding and cross entropy too."""
     return _Gpt4Rounds(torch.bfloat16, FUSED, run).paired()
 
 

@@ -1,4 +1,4 @@
-"""Other operators on a CUDA device that only move memory: activation, rotation, optimizers, tokens, merged attention."""
+"""Other operators on a CUDA device that only move memory: activation, loss, rotation, optimizers, tokens, merged attention."""
 
 # S positions, B samples, N heads, D head size
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks._case import Floor, Timing, operator_timing
 from benchmarks.ops._cuda import BF16, BOTH_WAYS, Measured, by_rows, compiled, fraction, normal
 from benchmarks.ops.bench_adamw import InPlace, formula, formula_with_average, fresh
+from mindspeed.ops.cross_entropy import vocab_parallel_cross_entropy
 from mindspeed.ops.npu_apply_fused_adamw_v2 import npu_apply_fused_adamw_v2
 from mindspeed.ops.npu_apply_fused_ema_adamw import npu_apply_fused_ema_adamw
 from mindspeed.ops.npu_moe_token_permute import npu_moe_token_permute
@@ -33,6 +34,20 @@ def gated(mode: str, rows: int, size: int) -> Timing:
     nbytes = (3 if mode == "forward" else 5) * rows * size * 2
     return by_rows(swiglu, plain_swiglu, lambda count: (normal(count, 2 * size),), rows, mode, nbytes,
                    **{"torch.compile": compiled(plain_swiglu)})  # fmt: skip
+
+
+def plain_loss(logits: Tensor, target: Tensor) -> Tensor:
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(wide, target, reduction="none")
+
+
+def loss(mode: str, rows: int, vocabulary: int) -> Timing:
+    """Forward reads the logits once; backward reads them again and writes their gradient."""
+    nbytes = (1 if mode == "forward" else 2) * rows * vocabulary * 2
+    draw = lambda count: (normal(count, vocabulary), torch.randint(0, vocabulary, (count,), device="cuda"))  # noqa: E731
+    return by_rows(
+        vocab_parallel_cross_entropy, plain_loss, draw, rows, mode, nbytes, **{"torch.compile": compiled(plain_loss)}
+    )
 
 
 def plain_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -126,6 +141,12 @@ def _cases() -> Iterator[Measured]:
             yield fraction(
                 f"swiglu.{way}.{size}", f"SwiGLU {way} to rows of {size}, bfloat16.", 0.88, 0.94,
                 lambda way=way, size=size: gated(way, (1 << 27) // size, size),
+            )  # fmt: skip
+        for rows, vocabulary in ((1024, 32000), (8192, 32000), (16384, 128256)):
+            yield fraction(
+                f"cross_entropy.{way}.{rows}x{vocabulary}", f"Cross entropy {way}, {rows} tokens, vocabulary of {vocabulary}, bfloat16.",
+                0.80, 0.90, lambda way=way, rows=rows, vocabulary=vocabulary: loss(way, rows, vocabulary),
+                feature="cross-entropy-loss-fusion",
             )  # fmt: skip
         for kind, packed in ((False, 32), (True, 32), (False, 40)):
             name = ("interleaved" if kind else "half") + (".packed" if packed == 40 else "")

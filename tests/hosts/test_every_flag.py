@@ -62,6 +62,7 @@ SAME = [
     Row("--normalization RMSNorm --use-fused-rmsnorm", "--normalization RMSNorm"),
     Row("--swiglu --use-fused-swiglu", "--swiglu"),
     Row(f"{ROPE} --use-fused-rotary-pos-emb", ROPE),
+    Row("--cross-entropy-loss-fusion", ""),  # a flag of the hosts
     Row(f"{EXPERTS} --use-fused-moe-token-permute-and-unpermute", EXPERTS),
     Row(f"{EXPERTS} --moe-grouped-gemm --gemm-gradient-accumulation-fusion", f"{EXPERTS} --moe-grouped-gemm"),
     Row("--num-layers 6 --noop-layers 1,4", ""),
