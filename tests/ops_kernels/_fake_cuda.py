@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -80,7 +81,7 @@ class Device(TorchDispatchMode):
             return func(*args, **kwargs)
         operator = REGISTRY.operators[name.removeprefix("mindspeed::")]
         derivative = self.derivatives.pop(operator.name, None) if self.gradients else None  # its forward comes here again
-        with self:
+        with self, Indexing():  # torch leaves both when it calls an operator
             if derivative is None:
                 result = operator.run("cuda", *args, **kwargs)
                 self.ran.append((operator.name, operator.last["cuda"].kernel))
@@ -145,7 +146,7 @@ def on_device(tree: Any) -> Any:
     )
 
 
-_getitem, _setitem, _tolist, _tensor = Tensor.__getitem__, Tensor.__setitem__, Tensor.tolist, torch.tensor
+_tolist, _tensor = Tensor.tolist, torch.tensor
 
 
 def _contiguous(value: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -188,14 +189,15 @@ def _view(value: Tensor, index: Any) -> tuple[Tensor, list[Tensor | None]]:
 
 def _get(value: Tensor, index: Any) -> Tensor:
     if not isinstance(value, FakeTensor):
-        return _getitem(value, index)
+        return value[index]
     found, picks = _view(value, index)
     return torch.ops.aten.index.Tensor(found, picks) if picks else found
 
 
 def _set(value: Tensor, index: Any, new: Any) -> None:
     if not isinstance(value, FakeTensor):
-        return _setitem(value, index, new)
+        value[index] = new
+        return
     found, picks = _view(value, index)
     if picks:
         given = new if isinstance(new, Tensor) else torch.full((), new, dtype=found.dtype, device=found.device)
@@ -204,7 +206,19 @@ def _set(value: Tensor, index: Any, new: Any) -> None:
         found.copy_(new.expand(found.shape))
     else:
         found.fill_(new)
-    return None
+
+
+class Indexing(TorchFunctionMode):
+    """Stand-ins for what Python's operators of tensors do before anything is dispatched.
+
+    A mode and not a patch: Python never takes back that a class was given a `__getitem__`, and `torch.tensor` would take every
+    number for a sequence in all tests that follow.
+    """
+
+    STAND_INS = {Tensor.__getitem__: _get, Tensor.__setitem__: _set, Tensor.__invert__: torch.ops.aten.bitwise_not}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None) -> Any:
+        return self.STAND_INS.get(func, func)(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
@@ -227,14 +241,11 @@ def fake_cuda(
     monkeypatch.setattr(torch.cuda, "default_generators", (generator,), raising=False)
     monkeypatch.setattr(Tensor, "pin_memory", lambda value: mode.pin(value))
     monkeypatch.setattr(Tensor, "data_ptr", lambda value: 0)
-    monkeypatch.setattr(Tensor, "__getitem__", _get)
-    monkeypatch.setattr(Tensor, "__setitem__", _set)
     monkeypatch.setattr(Tensor, "copy_", mode.copy)
     monkeypatch.setattr(Tensor, "contiguous", _contiguous)
     monkeypatch.setattr(Tensor, "tolist", _numbers)
-    monkeypatch.setattr(Tensor, "__invert__", lambda value: torch.ops.aten.bitwise_not(value))
     monkeypatch.setattr(torch, "tensor", _number)
     monkeypatch.setattr(npu_matmul_add, "_wide_addmm", lambda *_: None)
     monkeypatch.setattr(JITFunction, "run", lambda *args, **kwargs: None)
-    with FakeTensorMode(allow_non_fake_inputs=True), mode:
+    with FakeTensorMode(allow_non_fake_inputs=True), mode, Indexing():
         yield mode
