@@ -154,7 +154,12 @@ class CoCOperations:
             place = dist.get_rank(group)
             adjacent = ranks[place // inner * inner : (place // inner + 1) * inner]
             strided = ranks[place % inner :: inner]
-            groups = [dist.new_group(members, use_local_synchronization=True) for members in (adjacent, strided)]
+            # One side that is the whole group needs no second communicator; torch names a group after its members, and one
+            # that took the name of a destroyed group could meet its addresses in the store and wait for them.
+            groups = [
+                group if members == ranks else dist.new_group(members, use_local_synchronization=True)
+                for members in (adjacent, strided)
+            ]
             self.grids[key] = tuple(groups if config.inner_dim_is_ag else reversed(groups))
         return self.grids[key]
 

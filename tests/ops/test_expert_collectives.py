@@ -23,9 +23,9 @@ ACTIVATIONS = {
 def grid(world, ep, tp):
     """(ep group, tp group, ep rank, tp rank) of this rank in a grid with adjacent tp ranks."""
     ep_rank, tp_rank = divmod(world.rank, tp)
-    ep_group = dist.new_group([r * tp + tp_rank for r in range(ep)], use_local_synchronization=True)
-    tp_group = dist.new_group([ep_rank * tp + r for r in range(tp)], use_local_synchronization=True)
-    return ep_group, tp_group, ep_rank, tp_rank
+    ep_groups = [dist.new_group(range(first, ep * tp, tp)) for first in range(tp)]
+    tp_groups = [dist.new_group(range(first, first + tp)) for first in range(0, ep * tp, tp)]
+    return ep_groups[tp_rank], tp_groups[ep_rank], ep_rank, tp_rank
 
 
 def draw(*shape, seed=0):
